@@ -1,0 +1,161 @@
+"""Trains the bundled tiny AutoencoderKLWan on Big Buck Bunny and reports its PSNR on unseen shots.
+
+    python scripts/train_tiny_vae.py --film bbb.mp4 --out build/tiny/vae --minutes 60
+
+Trained on the windows of `shots.jsonl` except the unseen ones, and on seconds 130-350 of the film. Single frames
+come first (they train the spatial part several times faster), then clips of 5 and 9 frames.
+"""
+
+import argparse
+import copy
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from torch.nn import functional
+
+FPS = 16
+STORED = (90, 160)
+SIZE = (64, 112)
+UNSEEN_STARTS = (36.0, 84.5, 382.0, 446.5)
+EXTRA_SECONDS = (130.0, 350.0)
+SHOTS = Path(__file__).parents[1] / "src/longtake/demo/shots.jsonl"
+CONFIG = {"base_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1, "z_dim": 16}
+
+
+def spans(unseen: bool) -> list[tuple[float, float]]:
+    """Seconds [start, end) of the film that training may use, or of the shots that it may not."""
+    shots = [json.loads(line) for line in SHOTS.read_text().splitlines()]
+    windows = [(shot["start"], shot["start"] + shot["frames"] / shot["fps"]) for shot in shots]
+    if unseen:
+        return [window for window in windows if window[0] in UNSEEN_STARTS]
+    kept = [window for window in windows if window[0] not in UNSEEN_STARTS]
+    trimmed = [(start, min([end, *(u for u in UNSEEN_STARTS if start < u)])) for start, end in kept]
+    return [*trimmed, EXTRA_SECONDS]
+
+
+def decode(film: Path, start: float, end: float, size: tuple[int, int]) -> torch.Tensor:
+    """Frames of [start, end) at 16 fps as uint8 [frames, 3, height, width], cover-scaled by swscale (area)."""
+    frames = []
+    with av.open(str(film)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        container.seek(int(start / stream.time_base), stream=stream)
+        wanted = start
+        for frame in container.decode(stream):
+            if frame.time + 1e-6 < wanted:
+                continue
+            if wanted >= end - 1e-6:
+                break
+            frames.append(frame.reformat(width=size[1], height=size[0], format="rgb24", interpolation="AREA").to_ndarray())
+            wanted += 1 / FPS
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
+
+
+class Clips:
+    """Random augmented clips out of decoded runs of frames."""
+
+    def __init__(self, runs: list[torch.Tensor], seed: int) -> None:
+        self.runs = runs
+        self.weights = [len(run) for run in runs]
+        self.random = random.Random(seed)
+
+    def draw(self, batch: int, num_frames: int) -> torch.Tensor:
+        """[batch, 3, num_frames, 64, 112] in [-1, 1], randomly cropped between full view and 1:1, flipped half the time."""
+        return torch.stack([self._clip(num_frames) for _ in range(batch)])
+
+    def _clip(self, num_frames: int) -> torch.Tensor:
+        run = self.random.choices(self.runs, self.weights)[0]
+        first = self.random.randrange(len(run) - num_frames + 1)
+        clip = run[first : first + num_frames].float() / 127.5 - 1
+        scale = self.random.choice([STORED[0] / SIZE[0], self.random.uniform(1, STORED[0] / SIZE[0])])
+        height, width = round(SIZE[0] * scale), min(STORED[1], round(SIZE[1] * scale))
+        top, left = self.random.randint(0, STORED[0] - height), self.random.randint(0, STORED[1] - width)
+        clip = clip[:, :, top : top + height, left : left + width]
+        clip = functional.interpolate(clip, SIZE, mode="bilinear", antialias=True, align_corners=False)
+        return (clip.flip(-1) if self.random.random() < 0.5 else clip).permute(1, 0, 2, 3)
+
+
+def train(clips: Clips, unseen: list[torch.Tensor], minutes: float, out: Path) -> AutoencoderKLWan:
+    vae = AutoencoderKLWan(**CONFIG)
+    average = copy.deepcopy(vae).requires_grad_(False)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-4)
+    started, step, report = time.time(), 0, time.time()
+    while (done := (time.time() - started) / (minutes * 60)) < 1:
+        optimizer.param_groups[0]["lr"] = 1.5e-3 * min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+        batch, num_frames = schedule(done, step)
+        loss, error = step_loss(vae, clips.draw(batch, num_frames))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        decay = min(0.998, (step + 1) / (step + 20))
+        torch._foreach_lerp_(list(average.parameters()), list(vae.parameters()), 1 - decay)
+        if time.time() - report > 180:
+            report = time.time()
+            print(f"step {step} {100 * done:.0f} % train {-10 * math.log10(error / 4):.2f} dB unseen {psnr(average, unseen, 17):.2f} dB", flush=True)
+            average.save_pretrained(out)
+    return average
+
+
+def schedule(done: float, step: int) -> tuple[int, int]:
+    """(batch, num_frames): single frames for the first tenth, then mostly clips of 5 frames."""
+    if done < 0.1:
+        return 4, 1
+    return (2, 9) if step % 4 == 0 else (3, 5)
+
+
+def step_loss(vae: AutoencoderKLWan, video: torch.Tensor) -> tuple[torch.Tensor, float]:
+    with torch.autocast("cpu", torch.bfloat16):
+        posterior = vae.encode(video).latent_dist
+        reconstruction = vae.decode(posterior.sample()).sample
+    residual = reconstruction.float() - video
+    error = residual.square().mean()
+    return error + 0.05 * residual.abs().mean() + 1e-6 * posterior.kl().mean() / video.shape[2], float(error.detach())
+
+
+@torch.no_grad()
+def psnr(vae: AutoencoderKLWan, runs: list[torch.Tensor], num_frames: int) -> float:
+    """Mean over shots of the PSNR (dB) of the first `num_frames` frames, posterior mean, values in [0, 255]."""
+    values = []
+    for run in runs:
+        video = (run[:num_frames].float() / 127.5 - 1).permute(1, 0, 2, 3)[None]
+        reconstruction = vae.decode(vae.encode(video).latent_dist.mean).sample.clamp(-1, 1)
+        values.append(-10 * math.log10((reconstruction - video).square().mean().item() / 4))
+    return sum(values) / len(values)
+
+
+@torch.no_grad()
+def latent_statistics(vae: AutoencoderKLWan, clips: Clips) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each latent channel over random training clips of 17 frames."""
+    latents = torch.cat([vae.encode(clips.draw(1, 17)).latent_dist.mean for _ in range(64)])
+    return latents.mean((0, 2, 3, 4)).tolist(), latents.std((0, 2, 3, 4)).tolist()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--film", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.manual_seed(arguments.seed)
+    clips = Clips([decode(arguments.film, *span, STORED) for span in spans(unseen=False)], arguments.seed)
+    unseen = [decode(arguments.film, *span, (64, 114))[..., 1:113] for span in spans(unseen=True)]
+    vae = train(clips, unseen, arguments.minutes, arguments.out)
+    mean, std = latent_statistics(vae, clips)
+    vae.register_to_config(latents_mean=mean, latents_std=std)
+    vae.to(torch.bfloat16).save_pretrained(arguments.out)
+    vae.float()
+    print(f"unseen shots: {psnr(vae, unseen, 17):.2f} dB over 17 frames, {psnr(vae, unseen, 81):.2f} dB over 81 frames", flush=True)
+
+
+if __name__ == "__main__":
+    main()

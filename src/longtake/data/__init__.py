@@ -1,0 +1,1 @@
+"""From clips and captions to cached, batched conditioning."""

@@ -1,0 +1,1 @@
+"""Memory strategies: each is one file, applied to a model from outside."""

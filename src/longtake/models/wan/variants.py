@@ -1,0 +1,188 @@
+"""Every published Wan2.1 and 2.2 variant, and tiny ones of the same classes, as data. Needs no torch."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from longtake.errors import ModelError, Problem
+from longtake.models.spec import ModelSpec, Task
+
+KEEP_FP32 = ("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+"""What diffusers keeps in fp32 (`WanTransformer3DModel._keep_in_fp32_modules`)."""
+
+
+@dataclass(frozen=True)
+class WanVariant:
+    """One model: the transformer's configuration and what surrounds it.
+
+    `transformer_config` are the arguments of diffusers' `WanTransformer3DModel`; `parameters` and `block_parameters`
+    count one expert; `vae` names the AutoencoderKLWan generation; `size` and `num_frames` are what it was made for.
+    """
+
+    name: str
+    spec: ModelSpec
+    transformer_config: dict[str, Any]
+    parameters: int
+    block_parameters: int
+    hub_id: str
+    vae: str
+    size: tuple[int, int]
+    num_frames: int
+    shift: float
+
+    @property
+    def has_image_encoder(self) -> bool:
+        """Whether a CLIP vision encoder feeds the transformer."""
+        return self.spec.image_tokens > 0
+
+
+_WIDE = {"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824}
+_CLIP = {"image_dim": 1280, "added_kv_proj_dim": 5120}
+_I2V = {"in_channels": 36}
+_TINY = {"num_layers": 6, "num_attention_heads": 5, "attention_head_dim": 32, "ffn_dim": 640, "text_dim": 64}
+_TINY_CLIP = {"image_dim": 64, "added_kv_proj_dim": 160}
+
+
+def _transformer_config(**changes: Any) -> dict[str, Any]:
+    common: dict[str, Any] = {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 40,
+        "attention_head_dim": 128,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_dim": 4096,
+        "freq_dim": 256,
+        "ffn_dim": 13824,
+        "num_layers": 40,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": 1e-6,
+        "image_dim": None,
+        "added_kv_proj_dim": None,
+        "rope_max_seq_len": 1024,
+        "pos_embed_seq_len": None,
+    }
+    return common | changes
+
+
+def _variant(
+    name: str,
+    task: Task,
+    config: dict[str, Any],
+    counts: tuple[int, int],
+    hub_id: str,
+    made_for: tuple[tuple[int, int], int, float],
+    spec_changes: dict[str, Any] | None = None,
+) -> WanVariant:
+    full = _transformer_config(**config)
+    spec: dict[str, Any] = {
+        "name": name,
+        "task": task,
+        "latent_channels": full["out_channels"],
+        "fps": 16,
+        "text_dim": full["text_dim"],
+        "keep_fp32": KEEP_FP32,
+    }
+    size, num_frames, shift = made_for
+    vae = "2.2" if full["out_channels"] == 48 else "2.1"
+    return WanVariant(name, ModelSpec(**(spec | (spec_changes or {}))), full, *counts, hub_id, vae, size, num_frames, shift)
+
+
+_480P = ((832, 480), 81, 3.0)
+_720P = ((1280, 720), 81, 5.0)
+_IMAGE = {"image_tokens": 257, "image_dim": 1280}
+_TWO = ("transformer", "transformer_2")
+_TI2V = {"spatial_stride": 16, "fps": 24, "expand_timesteps": True}
+_TINY_MADE_FOR = ((112, 64), 17, 3.0)
+
+_ALL = (
+    _variant(
+        "wan2.1-t2v-1.3b",
+        "t2v",
+        {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960},
+        (1_418_996_800, 46_440_704),
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        _480P,
+    ),
+    _variant("wan2.1-t2v-14b", "t2v", _WIDE, (14_288_491_584, 351_394_304), "Wan-AI/Wan2.1-T2V-14B-Diffusers", _720P),
+    _variant(
+        "wan2.1-i2v-14b-480p",
+        "i2v",
+        _WIDE | _I2V | _CLIP,
+        (16_394_878_784, 403_838_464),
+        "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+        _480P,
+        _IMAGE,
+    ),
+    _variant(
+        "wan2.1-i2v-14b-720p",
+        "i2v",
+        _WIDE | _I2V | _CLIP,
+        (16_394_878_784, 403_838_464),
+        "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
+        _720P,
+        _IMAGE,
+    ),
+    _variant(
+        "wan2.1-flf2v-14b-720p",
+        "flf2v",
+        _WIDE | _I2V | _CLIP | {"pos_embed_seq_len": 514},
+        (16_395_536_704, 403_838_464),
+        "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers",
+        _720P,
+        {"image_tokens": 514, "image_dim": 1280},
+    ),
+    _variant(
+        "wan2.2-t2v-a14b",
+        "t2v",
+        _WIDE,
+        (14_288_491_584, 351_394_304),
+        "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+        _720P,
+        {"experts": _TWO, "boundary_ratio": 0.875},
+    ),
+    _variant(
+        "wan2.2-i2v-a14b",
+        "i2v",
+        _WIDE | _I2V,
+        (14_288_901_184, 351_394_304),
+        "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+        _720P,
+        {"experts": _TWO, "boundary_ratio": 0.9},
+    ),
+    _variant(
+        "wan2.2-ti2v-5b",
+        "ti2v",
+        {"num_layers": 30, "num_attention_heads": 24, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48},
+        (4_999_787_712, 163_656_704),
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+        ((1280, 704), 121, 5.0),
+        _TI2V,
+    ),
+    _variant("tiny-t2v", "t2v", _TINY, (2_760_224, 413_600), "", _TINY_MADE_FOR),
+    _variant(
+        "tiny-i2v", "i2v", _TINY | _I2V | _TINY_CLIP, (3_098_112, 465_280), "", _TINY_MADE_FOR, {"image_tokens": 17, "image_dim": 64}
+    ),
+    _variant(
+        "tiny-flf2v",
+        "flf2v",
+        _TINY | _I2V | _TINY_CLIP | {"pos_embed_seq_len": 34},
+        (3_100_288, 465_280),
+        "",
+        _TINY_MADE_FOR,
+        {"image_tokens": 34, "image_dim": 64},
+    ),
+    _variant(
+        "tiny-ti2v", "ti2v", _TINY | {"in_channels": 48, "out_channels": 48}, (2_801_312, 413_600), "", ((128, 64), 17, 5.0), _TI2V
+    ),
+)
+
+VARIANTS = {variant.name: variant for variant in _ALL}
+
+
+def variant(name: str) -> WanVariant:
+    """The variant called `name`; raises ModelError that lists the names."""
+    try:
+        return VARIANTS[name]
+    except KeyError:
+        remedy = f"choose one of {', '.join(VARIANTS)}"
+        raise ModelError(Problem(f"there is no model called {name!r}", "model.name", remedy)) from None

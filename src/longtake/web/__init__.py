@@ -1,0 +1,1 @@
+"""Pages made of a run: self-contained HTML. Needs no torch."""
