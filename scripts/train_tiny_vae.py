@@ -53,7 +53,9 @@ def decode(film: Path, start: float, end: float, size: tuple[int, int]) -> torch
                 continue
             if wanted >= end - 1e-6:
                 break
-            frames.append(frame.reformat(width=size[1], height=size[0], format="rgb24", interpolation="AREA").to_ndarray())
+            frames.append(
+                frame.reformat(width=size[1], height=size[0], format="rgb24", interpolation="AREA").to_ndarray()
+            )
             wanted += 1 / FPS
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
 
@@ -88,7 +90,9 @@ def train(clips: Clips, unseen: list[torch.Tensor], minutes: float, out: Path) -
     optimizer = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-4)
     started, step, report = time.time(), 0, time.time()
     while (done := (time.time() - started) / (minutes * 60)) < 1:
-        optimizer.param_groups[0]["lr"] = 1.5e-3 * min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+        optimizer.param_groups[0]["lr"] = (
+            1.5e-3 * min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+        )
         batch, num_frames = schedule(done, step)
         loss, error = step_loss(vae, clips.draw(batch, num_frames))
         loss.backward()
@@ -100,7 +104,10 @@ def train(clips: Clips, unseen: list[torch.Tensor], minutes: float, out: Path) -
         torch._foreach_lerp_(list(average.parameters()), list(vae.parameters()), 1 - decay)
         if time.time() - report > 180:
             report = time.time()
-            print(f"step {step} {100 * done:.0f} % train {-10 * math.log10(error / 4):.2f} dB unseen {psnr(average, unseen, 17):.2f} dB", flush=True)
+            print(
+                f"step {step} {100 * done:.0f} % train {-10 * math.log10(error / 4):.2f} dB unseen {psnr(average, unseen, 17):.2f} dB",
+                flush=True,
+            )
             average.save_pretrained(out)
     return average
 
@@ -154,7 +161,10 @@ def main() -> None:
     vae.register_to_config(latents_mean=mean, latents_std=std)
     vae.to(torch.bfloat16).save_pretrained(arguments.out)
     vae.float()
-    print(f"unseen shots: {psnr(vae, unseen, 17):.2f} dB over 17 frames, {psnr(vae, unseen, 81):.2f} dB over 81 frames", flush=True)
+    print(
+        f"unseen shots: {psnr(vae, unseen, 17):.2f} dB over 17 frames, {psnr(vae, unseen, 81):.2f} dB over 81 frames",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

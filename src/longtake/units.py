@@ -4,7 +4,17 @@ import re
 
 from longtake.errors import ConfigError, Problem
 
-_FACTORS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_FACTORS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 _PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]I?B|B)\s*", re.IGNORECASE)
 
 
@@ -12,7 +22,9 @@ def parse_bytes(text: str, where: str = "") -> int:
     """The bytes that `24GiB`, `80 GB` or `512MiB` mean; raises ConfigError where no unit or number can be read."""
     match = _PATTERN.fullmatch(text)
     if match is None:
-        raise ConfigError(Problem(f"cannot read {text!r} as a size", where, "write a number with a unit, for example 24GiB"))
+        raise ConfigError(
+            Problem(f"cannot read {text!r} as a size", where, "write a number with a unit, for example 24GiB")
+        )
     return int(float(match[1]) * _FACTORS[match[2].upper()])
 
 

@@ -9,7 +9,9 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 
 Precision = Literal["bf16", "fp16", "fp32"]
-ParallelStrategy = Literal["auto", "single", "ddp", "fsdp2", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
+ParallelStrategy = Literal[
+    "auto", "single", "ddp", "fsdp2", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"
+]
 LoraFormat = Literal["comfyui", "diffusers", "kohya"]
 
 
@@ -20,7 +22,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """[model]: which weights are trained. Exactly one of `name` and `path` is given."""
+    """[model]: which weights are trained: `name`, or `path`, or both where a file alone cannot tell which variant it is."""
 
     name: str = ""
     """A variant's name (`wan2.1-i2v-14b-480p`, `tiny-i2v`) or a hub id (`owner/name`, `ms://owner/name` for ModelScope)."""
@@ -34,9 +36,9 @@ class ModelConfig(Section):
     """Which of the two transformers of a Wan2.2 A14B model is trained."""
 
     @model_validator(mode="after")
-    def _one_source(self) -> "ModelConfig":
-        if bool(self.name) == bool(self.path):
-            raise ValueError("give exactly one of name and path")
+    def _has_source(self) -> "ModelConfig":
+        if not (self.name or self.path):
+            raise ValueError("give name or path")
         return self
 
 
@@ -64,7 +66,7 @@ class LoraConfig(Section):
 
     rank: Positive = 32
     """Rank r of the adapters. Trained parameters, gradients and Adam states grow in proportion."""
-    alpha: Annotated[float, Field(gt=0)] = 32
+    alpha: Annotated[float, Field(gt=0)] = 32.0
     """The adapter's output is scaled by alpha / rank."""
     targets: tuple[str, ...] = ("attention", "ffn")
     """Groups `attention`, `ffn`, `image` (the image branch's `add_k_proj`, `add_v_proj`), or suffixes of module names."""

@@ -1,6 +1,8 @@
 """Every published Wan2.1 and 2.2 variant, and tiny ones of the same classes, as data. Needs no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from longtake.errors import ModelError, Problem
@@ -33,6 +35,10 @@ class WanVariant:
     def has_image_encoder(self) -> bool:
         """Whether a CLIP vision encoder feeds the transformer."""
         return self.spec.image_tokens > 0
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter of one expert by diffusers' name, as its state dict would have them."""
+        return _parameter_shapes(self.transformer_config)
 
 
 _WIDE = {"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824}
@@ -84,7 +90,9 @@ def _variant(
     }
     size, num_frames, shift = made_for
     vae = "2.2" if full["out_channels"] == 48 else "2.1"
-    return WanVariant(name, ModelSpec(**(spec | (spec_changes or {}))), full, *counts, hub_id, vae, size, num_frames, shift)
+    return WanVariant(
+        name, ModelSpec(**(spec | (spec_changes or {}))), full, *counts, hub_id, vae, size, num_frames, shift
+    )
 
 
 _480P = ((832, 480), 81, 3.0)
@@ -92,7 +100,7 @@ _720P = ((1280, 720), 81, 5.0)
 _IMAGE = {"image_tokens": 257, "image_dim": 1280}
 _TWO = ("transformer", "transformer_2")
 _TI2V = {"spatial_stride": 16, "fps": 24, "expand_timesteps": True}
-_TINY_MADE_FOR = ((112, 64), 17, 3.0)
+_TINY_MADE_FOR = ((160, 96), 17, 3.0)
 
 _ALL = (
     _variant(
@@ -160,7 +168,13 @@ _ALL = (
     ),
     _variant("tiny-t2v", "t2v", _TINY, (2_760_224, 413_600), "", _TINY_MADE_FOR),
     _variant(
-        "tiny-i2v", "i2v", _TINY | _I2V | _TINY_CLIP, (3_098_112, 465_280), "", _TINY_MADE_FOR, {"image_tokens": 17, "image_dim": 64}
+        "tiny-i2v",
+        "i2v",
+        _TINY | _I2V | _TINY_CLIP,
+        (3_098_112, 465_280),
+        "",
+        _TINY_MADE_FOR,
+        {"image_tokens": 17, "image_dim": 64},
     ),
     _variant(
         "tiny-flf2v",
@@ -172,7 +186,13 @@ _ALL = (
         {"image_tokens": 34, "image_dim": 64},
     ),
     _variant(
-        "tiny-ti2v", "ti2v", _TINY | {"in_channels": 48, "out_channels": 48}, (2_801_312, 413_600), "", ((128, 64), 17, 5.0), _TI2V
+        "tiny-ti2v",
+        "ti2v",
+        _TINY | {"in_channels": 48, "out_channels": 48},
+        (2_801_312, 413_600),
+        "",
+        ((160, 96), 17, 5.0),
+        _TI2V,
     ),
 )
 
@@ -186,3 +206,60 @@ def variant(name: str) -> WanVariant:
     except KeyError:
         remedy = f"choose one of {', '.join(VARIANTS)}"
         raise ModelError(Problem(f"there is no model called {name!r}", "model.name", remedy)) from None
+
+
+def _parameter_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    out = config["out_channels"] * prod(config["patch_size"])
+    embedder = "condition_embedder"
+    shapes: dict[str, tuple[int, ...]] = {
+        "scale_shift_table": (1, 2, dim),
+        "patch_embedding.weight": (dim, config["in_channels"], *config["patch_size"]),
+        "patch_embedding.bias": (dim,),
+        **_linear(f"{embedder}.time_embedder.linear_1", config["freq_dim"], dim),
+        **_linear(f"{embedder}.time_embedder.linear_2", dim, dim),
+        **_linear(f"{embedder}.time_proj", dim, 6 * dim),
+        **_linear(f"{embedder}.text_embedder.linear_1", config["text_dim"], dim),
+        **_linear(f"{embedder}.text_embedder.linear_2", dim, dim),
+        **_image_embedder_shapes(config, dim),
+        **_linear("proj_out", dim, out),
+    }
+    block = _block_shapes(config, dim)
+    for index in range(config["num_layers"]):
+        shapes |= {f"blocks.{index}.{name}": shape for name, shape in block.items()}
+    return shapes
+
+
+def _image_embedder_shapes(config: Mapping[str, Any], dim: int) -> dict[str, tuple[int, ...]]:
+    image_dim, tokens = config["image_dim"], config["pos_embed_seq_len"]
+    if image_dim is None:
+        return {}
+    embedder = "condition_embedder.image_embedder"
+    return {
+        **({f"{embedder}.pos_embed": (1, tokens, image_dim)} if tokens else {}),
+        **_norm(f"{embedder}.norm1", image_dim),
+        **_linear(f"{embedder}.ff.net.0.proj", image_dim, image_dim),
+        **_linear(f"{embedder}.ff.net.2", image_dim, dim),
+        **_norm(f"{embedder}.norm2", dim),
+    }
+
+
+def _block_shapes(config: Mapping[str, Any], dim: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"scale_shift_table": (1, 6, dim), **_norm("norm2", dim)}
+    for attention in ("attn1", "attn2"):
+        for projection in ("to_q", "to_k", "to_v", "to_out.0"):
+            shapes |= _linear(f"{attention}.{projection}", dim, dim)
+        shapes |= {f"{attention}.norm_q.weight": (dim,), f"{attention}.norm_k.weight": (dim,)}
+    if config["added_kv_proj_dim"] is not None:
+        shapes |= _linear("attn2.add_k_proj", config["added_kv_proj_dim"], dim)
+        shapes |= _linear("attn2.add_v_proj", config["added_kv_proj_dim"], dim)
+        shapes["attn2.norm_added_k.weight"] = (dim,)
+    return shapes | _linear("ffn.net.0.proj", dim, config["ffn_dim"]) | _linear("ffn.net.2", config["ffn_dim"], dim)
+
+
+def _linear(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def _norm(name: str, dim: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (dim,), f"{name}.bias": (dim,)}

@@ -1,0 +1,216 @@
+"""The command line. Heavy imports are inside each command, so that `--help` and a config's error answer at once."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from longtake.errors import ConfigError, LongtakeError, Problem
+
+if TYPE_CHECKING:
+    from longtake.config.schema import RunConfig
+
+app = typer.Typer(
+    help="Fine-tune Wan video models (text-to-video, image-to-video; LoRA or full).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigArgument = Annotated[Path, typer.Argument(help="The run's TOML file.")]
+SetOption = Annotated[Optional[list[str]], typer.Option("--set", help="section.key=value; may be repeated.")]  # noqa: UP045
+
+
+def main() -> None:
+    """Runs the command line; exits with 0, 1 (failed), 2 (the input is wrong) or 3 (nothing fits)."""
+    try:
+        app()
+    except LongtakeError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command()
+def init(
+    model: Annotated[str, typer.Option(help="Variant name, path or hub id.")],
+    data: Annotated[Path, typer.Option(help="Folder of clips, or CSV, JSON, JSONL.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The TOML file to write.")] = Path("run.toml"),
+) -> None:
+    """Write a first config, commented, for this data and this machine."""
+    from longtake.progress import Reporter
+    from longtake.training.first_config import write_first_config
+
+    write_first_config(model, data, output, Reporter())
+    print(f"wrote {output}; next: longtake prepare {output}")
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Model folder, safetensors file, or LoRA.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a checkpoint is: variant, task, parameters, dtype, layout; LoRA files too."""
+    from longtake.models.wan.detection import inspect as inspect_path
+
+    found = inspect_path(path)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for key, value in found.items():
+        print(f"{key:12} {', '.join(map(str, value)) if isinstance(value, list | tuple) else value}")
+
+
+@app.command()
+def prepare(config: ConfigArgument, assignments: SetOption = None) -> None:
+    """Encode clips and captions into the conditioning cache; resumable, shared among ranks."""
+    loaded = _load(config, assignments)
+    import torch
+
+    from longtake.data.encode import component_root
+    from longtake.data.encode import prepare as prepare_cache
+    from longtake.distributed.backend import world
+    from longtake.progress import Reporter
+    from longtake.training.model import find_model
+
+    reporter = Reporter()
+    found = find_model(loaded, reporter.line)
+    root = component_root(found.root, "model.components")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    manifest = prepare_cache(loaded, found.variant.spec, root, device, reporter, world())
+    if manifest is None:
+        print(f"this rank's share is cached in {loaded.data.cache}; other ranks have not finished theirs")
+    else:
+        print(f"{len(manifest.entries)} clips ready in {loaded.data.cache}; next: longtake train {config}")
+
+
+@app.command()
+def train(
+    config: ConfigArgument,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in output.run.")] = False,
+    assignments: SetOption = None,
+    gpus: Annotated[int, typer.Option("--gpus", help="GPUs to use.")] = 1,
+    budget: Annotated[Optional[str], typer.Option("--budget", help="Device memory to use: 24GiB.")] = None,  # noqa: UP045
+    num_frames: Annotated[Optional[int], typer.Option("--num-frames", "--num_frames")] = None,  # noqa: UP045
+    height: Annotated[Optional[int], typer.Option("--height")] = None,  # noqa: UP045
+    width: Annotated[Optional[int], typer.Option("--width")] = None,  # noqa: UP045
+    checkpointing: Annotated[
+        bool, typer.Option("--use-gradient-checkpointing", "--use_gradient_checkpointing")
+    ] = False,
+    checkpointing_offload: Annotated[
+        bool, typer.Option("--use-gradient-checkpointing-offload", "--use_gradient_checkpointing_offload")
+    ] = False,
+    strategy: Annotated[Optional[str], typer.Option("--training-strategy", "--training_strategy")] = None,  # noqa: UP045
+    lora_rank: Annotated[Optional[int], typer.Option("--lora-rank", "--lora_rank")] = None,  # noqa: UP045
+    lora_targets: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--lora-target-modules", "--lora_target_modules", help="Comma-separated."),
+    ] = None,
+    learning_rate: Annotated[Optional[float], typer.Option("--learning-rate", "--learning_rate")] = None,  # noqa: UP045
+    accumulation: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--gradient-accumulation-steps", "--gradient_accumulation_steps"),
+    ] = None,
+) -> None:
+    """Train, or continue with --resume; every flag beats the TOML."""
+    from longtake.config.flags import Flags
+
+    flags = Flags(
+        budget=budget,
+        num_frames=num_frames,
+        height=height,
+        width=width,
+        use_gradient_checkpointing=checkpointing,
+        use_gradient_checkpointing_offload=checkpointing_offload,
+        training_strategy=strategy,
+        lora_rank=lora_rank,
+        lora_target_modules=lora_targets,
+        learning_rate=learning_rate,
+        gradient_accumulation_steps=accumulation,
+    )
+    loaded = _load(config, assignments, flags)
+    if gpus != 1:
+        raise ConfigError(Problem(f"{gpus} GPUs were asked for", "--gpus", "this version trains on one device"))
+    from longtake.progress import Reporter
+    from longtake.training.run import train as train_run
+    from longtake.web.report import write_report
+
+    run = train_run(loaded, resume, Reporter())
+    print(f"report:  {write_report(run)}")
+    print(f"result:  {run / ('adapter.safetensors' if loaded.lora else 'transformer')}")
+
+
+@app.command()
+def sample(
+    prompt: Annotated[str, typer.Option(help="What to show.")],
+    out: Annotated[Path, typer.Option(help="The mp4 to write.")],
+    run: Annotated[Optional[Path], typer.Option(help="A run's folder: its model with its adapter.")] = None,  # noqa: UP045
+    model: Annotated[str, typer.Option(help="Variant name, path or hub id.")] = "",
+    lora: Annotated[Optional[Path], typer.Option(help="A LoRA file in any format.")] = None,  # noqa: UP045
+    image: Annotated[Optional[Path], typer.Option(help="First frame.")] = None,  # noqa: UP045
+    last_image: Annotated[Optional[Path], typer.Option("--last-image", help="Last frame.")] = None,  # noqa: UP045
+    num_frames: Annotated[Optional[int], typer.Option("--num-frames", "--num_frames")] = None,  # noqa: UP045
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT.")] = "",
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 30,
+    guidance_scale: Annotated[float, typer.Option("--guidance-scale")] = 5.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    negative_prompt: Annotated[str, typer.Option("--negative-prompt")] = "",
+) -> None:
+    """Make a video with a run's adapter, or with a model and a LoRA file."""
+    if (run is None) == (not model):
+        raise ConfigError(Problem("give either --run or --model", "longtake sample", "not both, not neither"))
+    if run is not None and lora is not None:
+        raise ConfigError(Problem("a run has its own adapter", "--lora", "use --model with --lora"))
+    from longtake.progress import Reporter
+    from longtake.training.results import Wish, sample_to_file
+
+    wish = Wish(prompt, negative_prompt, image, last_image, num_frames, size, steps, guidance_scale, seed)
+    sample_to_file(run, model, lora, wish, out, Reporter())
+    print(out)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Option(help="A run's folder.")],
+    form: Annotated[str, typer.Option("--format", help="comfyui, diffusers or kohya.")],
+    out: Annotated[Path, typer.Option(help="File (or, for merged diffusers weights, folder) to write.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Write full weights with the adapter in them.")] = False,
+) -> None:
+    """Write a run's adapter for other tools, or full weights with it merged in."""
+    if form not in ("comfyui", "diffusers", "kohya"):
+        raise ConfigError(Problem(f"there is no format {form!r}", "--format", "use comfyui, diffusers or kohya"))
+    from longtake.progress import Reporter
+    from longtake.training.results import export as export_run
+
+    export_run(run, form, merge, out, Reporter())  # type: ignore[arg-type]  # checked above
+    print(out)
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="Folder to work in.")] = Path("demo")) -> None:
+    """Go the whole way on real clips with the bundled tiny model: prepare, train, sample, report."""
+    from longtake.demo.demo import run_demo
+    from longtake.progress import Reporter
+
+    for line in run_demo(out, Reporter()):
+        print(line)
+
+
+def _load(path: Path, assignments: list[str] | None, flags: object = None) -> "RunConfig":
+    """The config with flags and --set on top, each of which is printed."""
+    from longtake.config.conflicts import check
+    from longtake.config.flags import Flags, overrides
+    from longtake.config.load import load_config, parse_set
+
+    given = [*parse_set(assignments or []), *(overrides(flags, path) if isinstance(flags, Flags) else [])]
+    config = load_config(path, given)
+    for override in given:
+        print(f"{override.key} = {override.value!r}  ({override.flag})", file=sys.stderr)
+    check(config)
+    return config

@@ -1,0 +1,39 @@
+"""A RunConfig as TOML, with or without each key's manual as a comment."""
+
+import textwrap
+from typing import Any
+
+import tomlkit
+from pydantic import BaseModel
+
+from longtake.config.schema import RunConfig
+
+
+def to_toml(config: RunConfig, comments: bool = False) -> str:
+    """`config` as TOML text that loads to the same config."""
+    sections = []
+    for name in RunConfig.model_fields:
+        section = getattr(config, name)
+        if section is not None:
+            sections.append("\n".join([f"[{name}]", *_keys(section, comments)]))
+    return "\n\n".join(sections) + "\n"
+
+
+def _keys(section: BaseModel, comments: bool) -> list[str]:
+    lines = []
+    for key, field in type(section).model_fields.items():
+        if comments and field.description:
+            lines += textwrap.wrap(
+                " ".join(field.description.split()), 110, initial_indent="# ", subsequent_indent="# "
+            )
+        lines.append(f"{key} = {_value(getattr(section, key))}")
+    return lines
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        pairs = (f"{key} = {_value(getattr(value, key))}" for key in type(value).model_fields)
+        return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(_value(item) for item in value)}]"
+    return tomlkit.item(value).as_string()

@@ -1,0 +1,164 @@
+"""The conditioning cache: safetensors entries keyed by what made them, and manifests that list a data set's entries."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from longtake import files
+from longtake.errors import CacheError, Problem
+
+FORMAT = 1
+Kind = Literal["latents", "images", "texts"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One clip in one bucket: the keys of its cached tensors and where it came from.
+
+    `clip` identifies the clip whatever its bucket; `bucket` is (frames, height, width); `stages` are the frame counts
+    of the curriculum that it serves; `split` says which of the sources it is of.
+    """
+
+    latents: str
+    image: str
+    text: str
+    bucket: tuple[int, int, int]
+    stages: tuple[int, ...]
+    clip: str
+    prompt: str
+    where: str
+    split: Literal["train", "validation"]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `prepare` found and cached under one set of settings."""
+
+    settings: dict[str, Any]
+    entries: tuple[Entry, ...]
+    empty_text: str
+
+
+def digest(value: Any) -> str:
+    """Key of a JSON value: the first 40 hexadecimal digits of the SHA-256 of its canonical form."""
+    canonical = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:40]
+
+
+class Cache:
+    """A folder of entries `<kind>/<key>.safetensors` and of `manifests/<key>.json`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def has(self, kind: Kind, key: str) -> bool:
+        """Whether the entry exists (it is complete if it does: entries appear by renaming)."""
+        return self._path(kind, key).is_file()
+
+    def write(self, kind: Kind, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Stores finite `tensors` under `key`, atomically; raises CacheError where a value is not finite."""
+        for name, tensor in tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise CacheError(Problem(f"{name} has values that are not finite", f"{kind}/{key}", "look at the clip"))
+        metadata = {"format": str(FORMAT), "content": _content(tensors)}
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        files.write_file(self._path(kind, key), lambda path: save_file(contiguous, path, metadata))
+
+    def read(self, kind: Kind, key: str) -> dict[str, torch.Tensor]:
+        """The tensors of an entry; raises CacheError where it is missing or has changed since it was written."""
+        path = self._path(kind, key)
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                expected = (file.metadata() or {}).get("content")
+        except (OSError, SafetensorError) as error:
+            remedy = "delete it and run `longtake prepare` again"
+            raise CacheError(Problem(f"the entry cannot be read ({error})", str(path), remedy)) from None
+        if _content(tensors) != expected:
+            remedy = "delete it and run `longtake prepare` again"
+            raise CacheError(Problem("the entry has changed since it was written", str(path), remedy))
+        return tensors
+
+    def write_manifest(self, manifest: Manifest) -> Path:
+        """Stores the list of a data set's entries under the key of its settings."""
+        path = self._manifest(manifest.settings)
+        files.write_json(path, asdict(manifest))
+        return path
+
+    def read_manifest(self, settings: dict[str, Any]) -> Manifest:
+        """The manifest of `settings`; raises CacheError that names what differs from the nearest one there is."""
+        path = self._manifest(settings)
+        if not path.is_file():
+            raise CacheError(self._missing(settings))
+        manifest = _manifest_of(path)
+        absent = [key for kind, key in _keys(manifest) if not self.has(kind, key)]
+        if absent:
+            what = f"{len(absent)} of {len([*_keys(manifest)])} entries are missing"
+            raise CacheError(Problem(what, str(self.folder), "run `longtake prepare` again"))
+        return manifest
+
+    def remove_staged(self) -> None:
+        """Removes what killed writers left."""
+        for folder in self.folder.glob("*/"):
+            files.remove_staged(folder)
+
+    def _missing(self, settings: dict[str, Any]) -> Problem:
+        others = [_manifest_of(path) for path in sorted(self.folder.glob("manifests/*.json"))]
+        remedy = "run `longtake prepare` with this config"
+        if not others:
+            return Problem("the cache has not been prepared", str(self.folder), remedy)
+        differences = [_differences(other.settings, settings) for other in others]
+        return Problem(
+            f"the cache was prepared with other settings: {min(differences, key=len)}", str(self.folder), remedy
+        )
+
+    def _path(self, kind: Kind, key: str) -> Path:
+        return self.folder / kind / f"{key}.safetensors"
+
+    def _manifest(self, settings: dict[str, Any]) -> Path:
+        return self.folder / "manifests" / f"{digest(settings)}.json"
+
+
+def _keys(manifest: Manifest) -> Iterator[tuple[Kind, str]]:
+    yield "texts", manifest.empty_text
+    for entry in manifest.entries:
+        yield "latents", entry.latents
+        yield "texts", entry.text
+        if entry.image:
+            yield "images", entry.image
+
+
+def _manifest_of(path: Path) -> Manifest:
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        entries = tuple(_entry(row) for row in table["entries"])
+        return Manifest(table["settings"], entries, table["empty_text"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        remedy = "delete it and run `longtake prepare` again"
+        raise CacheError(Problem(f"the manifest cannot be read ({error})", str(path), remedy)) from None
+
+
+def _entry(row: dict[str, Any]) -> Entry:
+    return Entry(**(row | {"bucket": tuple(row["bucket"]), "stages": tuple(row["stages"])}))
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+    changed = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    return ", ".join(f"{key} {there.get(key)!r} instead of {here.get(key)!r}" for key in changed)
+
+
+def _content(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes."""
+    state = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        state.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        state.update(tensor.view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()

@@ -1,0 +1,108 @@
+"""What a config's sources hold: clips in their buckets, and the settings that identify a prepared cache."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from longtake.config.schema import DataConfig
+from longtake.data.buckets import BucketedClip, assign, check_shape, stage_frames
+from longtake.data.cache import FORMAT, digest
+from longtake.data.metadata import ClipRecord, read_source, usable
+from longtake.data.video import ClipInfo, probe
+from longtake.errors import DataError, Problem
+from longtake.models.spec import ModelSpec
+
+Split = Literal["train", "validation"]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A clip in one bucket, the frame counts of the curriculum that it serves there, and the source it is of."""
+
+    clip: BucketedClip
+    stages: tuple[int, ...]
+    split: Split
+
+
+def cache_settings(
+    data: DataConfig, spec: ModelSpec, seed: int, encoders: dict[str, str], records: Sequence[ClipRecord]
+) -> dict[str, Any]:
+    """Everything that decides what a prepared cache holds; no training flag is among it.
+
+    `encoders` are the fingerprints of the components; `records` those of all sources.
+    """
+    rows = [(r.path.name, r.path.stat().st_size, r.prompt, r.start, r.frames, r.fps) for r in records]
+    return {
+        "format": FORMAT,
+        "clips": digest(sorted(rows, key=repr)),
+        "size": list(data.size),
+        "frames": sorted({frames for _, frames in stage_frames(data.num_frames, data.frames_schedule)}),
+        "fps": spec.fps,
+        "task": spec.task,
+        "text_tokens": spec.text_tokens,
+        "windows_seed": seed if any(record.start is None for record in records) else 0,
+        **encoders,
+    }
+
+
+def read_sources(data: DataConfig, spec: ModelSpec, say: Callable[[str], None]) -> dict[Split, list[ClipRecord]]:
+    """The usable rows of `data.source` and of a `data.validation` that is a source; bad rows are said, too many raise.
+
+    Raises DataError where shape or sources cannot be used at all.
+    """
+    shapes = [frames for _, frames in stage_frames(data.num_frames, data.frames_schedule)]
+    if problems := [problem for frames in dict.fromkeys(shapes) for problem in check_shape(spec, frames, data.size)]:
+        raise DataError(list(dict.fromkeys(problems)))
+    sources: dict[Split, str] = {"train": data.source}
+    if isinstance(data.validation, str):
+        sources["validation"] = data.validation
+    found: dict[Split, list[ClipRecord]] = {}
+    for split, source in sources.items():
+        records, problems = read_source(Path(source), image_allowed=spec.task in ("t2v", "ti2v"))
+        found[split] = usable(records, problems)
+        _say_all(problems, say)
+    return found
+
+
+def place(
+    sources: dict[Split, list[ClipRecord]], data: DataConfig, spec: ModelSpec, seed: int, say: Callable[[str], None]
+) -> list[Placed]:
+    """Every clip in the bucket of each stage of the curriculum; a clip that cannot be used is said and left out."""
+    placed: dict[Any, Placed] = {}
+    frames = dict.fromkeys(count for _, count in stage_frames(data.num_frames, data.frames_schedule))
+    for split, records in sources.items():
+        kept, infos = _probe_all(records, say)
+        notes: list[Problem] = []
+        for count in frames:
+            clips, problems = assign(kept, infos, spec, [count], data.size, seed)
+            notes += problems
+            for clip in clips:
+                key = (split, clip.record.where, clip.bucket, clip.window)
+                before = placed.get(key)
+                stages = (*before.stages, count) if before else (count,)
+                placed[key] = replace(before, stages=stages) if before else Placed(clip, stages, split)
+        _say_all(notes, say)
+    if not any(item.split == "train" for item in placed.values()):
+        raise DataError(Problem("no clip can be used", data.source, "mend the clips named above"))
+    return list(placed.values())
+
+
+def _probe_all(records: list[ClipRecord], say: Callable[[str], None]) -> tuple[list[ClipRecord], list[ClipInfo]]:
+    kept: list[ClipRecord] = []
+    infos: list[ClipInfo] = []
+    problems: list[Problem] = []
+    for record in records:
+        try:
+            infos.append(probe(record.path, record.where))
+            kept.append(record)
+        except DataError as error:
+            problems += error.problems
+    kept_or_raised = usable(kept, problems)
+    _say_all(problems, say)
+    return kept_or_raised, infos
+
+
+def _say_all(problems: Sequence[Problem], say: Callable[[str], None]) -> None:
+    for problem in dict.fromkeys(problems):
+        say(f"left out or changed: {problem}")

@@ -1,0 +1,228 @@
+"""`prepare`: clips and captions to cached conditioning, one encoder in memory at a time, resumable."""
+
+import gc
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longtake import files
+from longtake.config.schema import RunConfig
+from longtake.data.buckets import Window
+from longtake.data.cache import FORMAT, Cache, Entry, Kind, Manifest, digest
+from longtake.data.dataset import Placed, cache_settings, place, read_sources
+from longtake.data.metadata import usable
+from longtake.data.video import content_hash, read_clip
+from longtake.errors import CacheError, DataError, ModelError, Problem
+from longtake.models.spec import ModelSpec
+from longtake.models.wan import encoders
+from longtake.models.wan.conditioning import image_condition
+from longtake.progress import Reporter
+
+Tensors = dict[str, torch.Tensor]
+HASHES = "hashes.json"
+
+
+@dataclass(frozen=True)
+class Work:
+    """One entry to make: `kind` and `key` name it, `make` computes it given the loaded encoder."""
+
+    kind: Kind
+    key: str
+    where: str
+    make: Callable[[Any], Tensors]
+
+
+def component_root(root: Path | None, name: str) -> Path:
+    """The folder of VAE and encoders; raises ModelError where the model was given without."""
+    if root is None:
+        remedy = "set model.components to a diffusers folder or hub id that has vae, text_encoder and tokenizer"
+        raise ModelError(Problem("only a transformer was given; VAE and encoders are needed", name, remedy))
+    return root
+
+
+def encoder_fingerprints(root: Path, spec: ModelSpec) -> dict[str, str]:
+    """Identity of each encoder that the task uses."""
+    names = ["vae", "text_encoder", "tokenizer", *(["image_encoder", "image_processor"] if spec.image_tokens else [])]
+    return {name: encoders.fingerprint(root / name)[:16] for name in names}
+
+
+def load_manifest(config: RunConfig, spec: ModelSpec, root: Path, say: Callable[[str], None]) -> Manifest:
+    """The manifest that `prepare` wrote for this config; raises CacheError where there is none."""
+    sources = read_sources(config.data, spec, say)
+    records = [record for rows in sources.values() for record in rows]
+    settings = cache_settings(config.data, spec, config.training.seed, encoder_fingerprints(root, spec), records)
+    return Cache(Path(config.data.cache)).read_manifest(settings)
+
+
+def prepare(
+    config: RunConfig, spec: ModelSpec, root: Path, device: torch.device, reporter: Reporter, ranks: tuple[int, int]
+) -> Manifest | None:
+    """Encodes what the cache lacks and writes the manifest; None where other ranks have not finished their share.
+
+    `ranks` is (rank, number of ranks): each encodes every n-th entry, without waiting for another.
+    """
+    cache = Cache(Path(config.data.cache))
+    cache.remove_staged()
+    sources = read_sources(config.data, spec, reporter.line)
+    records = [record for rows in sources.values() for record in rows]
+    prints = encoder_fingerprints(root, spec)
+    settings = cache_settings(config.data, spec, config.training.seed, prints, records)
+    placed = place(sources, config.data, spec, config.training.seed, reporter.line)
+    hashes = _content_hashes({item.clip.record.path for item in placed}, cache.folder)
+    keys = _Keys(spec, prints, hashes)
+    entries = [keys.entry(item) for item in placed]
+    failed: list[Problem] = []
+    for kind, load, work in _passes(placed, keys, spec, root, device):
+        failed += _run(cache, kind, load, work, reporter, ranks)
+    unusable = {problem.where for problem in failed}
+    kept = [entry for entry in entries if entry.where not in unusable]
+    usable([item.clip.record for item in placed if item.clip.record.where not in unusable], failed)
+    manifest = Manifest(settings, tuple(kept), keys.text(""))
+    if any(not cache.has("latents", entry.latents) for entry in manifest.entries):
+        return None
+    cache.write_manifest(manifest)
+    return manifest
+
+
+class _Keys:
+    """Keys of the entries: the clip's content and crop, the encoder's identity, the settings that matter, no more."""
+
+    def __init__(self, spec: ModelSpec, prints: dict[str, str], hashes: dict[Path, str]) -> None:
+        self.spec = spec
+        self.prints = prints
+        self.hashes = hashes
+
+    def entry(self, item: Placed) -> Entry:
+        bucket, record = item.clip.bucket, item.clip.record
+        return Entry(
+            latents=self.latents(item),
+            image=self.image(item) if self.spec.image_tokens else "",
+            text=self.text(record.prompt),
+            bucket=(bucket.frames, bucket.height, bucket.width),
+            stages=item.stages,
+            clip=digest([self.hashes[record.path], record.start, record.frames, record.fps]),
+            prompt=record.prompt,
+            where=record.where,
+            split=item.split,
+        )
+
+    def latents(self, item: Placed) -> str:
+        task = self.spec.task if self.spec.task in ("i2v", "flf2v") else "plain"
+        return digest([FORMAT, self._crop(item), task, self.prints["vae"]])
+
+    def image(self, item: Placed) -> str:
+        identity = [self.prints["image_encoder"], self.prints["image_processor"]]
+        return digest([FORMAT, self._crop(item), self.spec.image_tokens, identity])
+
+    def text(self, prompt: str) -> str:
+        identity = [self.prints["text_encoder"], self.prints["tokenizer"], self.spec.text_tokens]
+        return digest([FORMAT, prompt, identity])
+
+    def _crop(self, item: Placed) -> list[Any]:
+        bucket, window = item.clip.bucket, item.clip.window
+        content = self.hashes[item.clip.record.path]
+        return [content, round(window.start, 6), window.frames, window.fps, bucket.width, bucket.height]
+
+
+def _passes(
+    placed: Sequence[Placed], keys: _Keys, spec: ModelSpec, root: Path, device: torch.device
+) -> Iterator[tuple[str, Callable[[], Any], list[Work]]]:
+    """(title, loader of the encoder, its work) for each encoder in turn."""
+    latents = {
+        keys.latents(item): Work("latents", keys.latents(item), item.clip.record.where, _latents_of(item, spec))
+        for item in placed
+    }
+    yield "video latents", lambda: encoders.load_vae(root, device), [*latents.values()]
+    if spec.image_tokens:
+        images = {
+            keys.image(item): Work("images", keys.image(item), item.clip.record.where, _image_of(item, spec))
+            for item in placed
+        }
+        yield "images", lambda: encoders.load_image_encoder(root, device), [*images.values()]
+    prompts = dict.fromkeys(["", *(item.clip.record.prompt for item in placed)])
+    texts = [Work("texts", keys.text(prompt), "caption", _text_of(prompt)) for prompt in prompts]
+    yield "captions", lambda: encoders.load_text_encoder(root, device), texts
+
+
+def _latents_of(item: Placed, spec: ModelSpec) -> Callable[[Any], Tensors]:
+    def make(vae: Any) -> Tensors:
+        clip, bucket = item.clip, item.clip.bucket
+        frames = read_clip(clip.record.path, clip.window, (bucket.width, bucket.height))
+        video = encoders.normalise_pixels(frames).permute(1, 0, 2, 3)[None]
+        tensors = {"latents": encoders.encode_video(vae, video)[0].float().cpu()}
+        if spec.task in ("i2v", "flf2v"):
+            last = frames[-1] if spec.task == "flf2v" else None
+            tensors["condition"] = image_condition(vae, frames[0], last, bucket.frames).float().cpu()
+        return tensors
+
+    return make
+
+
+def _image_of(item: Placed, spec: ModelSpec) -> Callable[[Any], Tensors]:
+    def make(encoder: Any) -> Tensors:
+        clip, bucket = item.clip, item.clip.bucket
+        starts = [clip.window.start]
+        if spec.task == "flf2v":
+            starts.append(clip.window.start + (clip.window.frames - 1) / clip.window.fps)
+        size = (bucket.width, bucket.height)
+        pictures = [read_clip(clip.record.path, Window(start, 1, clip.window.fps), size)[0] for start in starts]
+        tokens = [encoders.encode_image(encoder, picture).float().cpu() for picture in pictures]
+        return {"image_embeds": torch.cat(tokens)}
+
+    return make
+
+
+def _text_of(prompt: str) -> Callable[[Any], Tensors]:
+    return lambda encoder: {"prompt_embeds": encoders.encode_prompt(encoder, prompt).cpu()}
+
+
+def _run(
+    cache: Cache, title: str, load: Callable[[], Any], work: list[Work], reporter: Reporter, ranks: tuple[int, int]
+) -> list[Problem]:
+    """Makes what is missing of this rank's share; returns the problems of the clips that could not be encoded."""
+    rank, world = ranks
+    mine = [item for item in work[rank::world] if not cache.has(item.kind, item.key)]
+    if not mine:
+        reporter.line(f"{title}: all {len(work)} cached")
+        return []
+    encoder, problems = load(), []
+    unit = "captions" if title == "captions" else "clips"
+    with reporter.bar(title, len(work[rank::world]), unit, len(work[rank::world]) - len(mine)) as advance:
+        for done, item in enumerate(mine, len(work[rank::world]) - len(mine) + 1):
+            try:
+                cache.write(item.kind, item.key, item.make(encoder))
+            except (DataError, CacheError) as error:
+                problems += [Problem(problem.what, item.where, problem.remedy) for problem in error.problems]
+                reporter.line(f"left out: {problems[-1]}")
+            advance(done, "")
+    del encoder
+    _release()
+    return problems
+
+
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _content_hashes(paths: set[Path], folder: Path) -> dict[Path, str]:
+    """SHA-256 of each file, remembered by path, size and time of change."""
+    known: dict[str, str] = {}
+    if (folder / HASHES).is_file():
+        try:
+            known = dict(json.loads((folder / HASHES).read_text()))
+        except (ValueError, TypeError):
+            known = {}  # a memory only: what cannot be read is computed again
+    found = {}
+    for path in sorted(paths):
+        status = path.stat()
+        name = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
+        known[name] = known.get(name) or content_hash(path)
+        found[path] = known[name]
+    files.write_json(folder / HASHES, known)
+    return found

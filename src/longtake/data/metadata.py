@@ -1,0 +1,215 @@
+"""Clips and captions as a dataset lists them: a folder, CSV, JSON or JSONL read into `ClipRecord`s."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from longtake.data.sniff import open_regular
+from longtake.data.tables import Row, read_text, rows_of
+from longtake.errors import DataError, Problem
+
+VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".3gp", ".mj2"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+PROMPT_COLUMNS = ("prompt", "caption")
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|(data|concat|subfile|pipe|fd):")
+_NO_STILLS = "leave it out: this model learns from clips, whose first frame it is given"
+
+
+@dataclass(frozen=True)
+class ClipRecord:
+    """One row: a file inside the dataset's root, its caption, and the part of it to use.
+
+    `start` is in seconds; `frames` / `fps` is the length of that part. `where` names the row in messages.
+    """
+
+    path: Path
+    prompt: str
+    start: float | None
+    frames: int | None
+    fps: float | None
+    where: str
+
+
+def read_source(source: Path, image_allowed: bool) -> tuple[list[ClipRecord], list[Problem]]:
+    """The good rows of `source` and what is wrong with every bad one.
+
+    `source` is a folder of `clip.mp4` + `clip.txt` (stills too where `image_allowed`; a still beside a clip of the same
+    name is its poster and is passed over), or a CSV, JSON or JSONL file with columns `video` and `prompt` (or
+    `caption`), and optionally `start`, `frames`, `fps`; further columns are ignored. Paths are relative to the file's
+    folder and stay in it. Row 1 of a CSV file is its header. Raises DataError where there is nothing to read.
+    """
+    if _URL.match(str(source)):
+        raise DataError(Problem("the source is a URL", str(source), "download it first and give its path"))
+    try:
+        is_folder, exists = source.is_dir(), source.exists()
+    except (OSError, ValueError) as error:
+        raise DataError(Problem(f"the source cannot be read ({error})", str(source), "correct data.source")) from None
+    if not exists:
+        raise DataError(Problem("the source does not exist", str(source), "correct data.source"))
+    results = _read_folder(source, image_allowed) if is_folder else _read_table(source, image_allowed)
+    records = [result for result in results if isinstance(result, ClipRecord)]
+    problems = [problem for result in results if isinstance(result, list) for problem in result]
+    return records, problems
+
+
+def usable(records: list[ClipRecord], problems: list[Problem], tolerance: float = 0.1) -> list[ClipRecord]:
+    """`records` if few enough rows are bad; raises DataError with all `problems` where more than `tolerance` are.
+
+    The caller reports the problems of the rows that are left out.
+    """
+    bad = len({problem.where for problem in problems})
+    if records and bad <= tolerance * (bad + len(records)):
+        return records
+    count = f"{bad} of {bad + len(records)} clips cannot be used"
+    verdict = Problem(f"{count}, more than {tolerance:.0%}", "dataset", "correct these rows or take them out")
+    raise DataError([*problems, verdict])
+
+
+def _read_table(source: Path, image_allowed: bool) -> list[ClipRecord | list[Problem]]:
+    root = source.resolve().parent
+    rows = rows_of(source)
+    if not rows:
+        raise DataError(Problem("has no rows", source.name, "add rows with video and prompt"))
+    _require_columns(source.name, rows)
+    return [row.problems or _record(row, root, image_allowed) for row in rows]
+
+
+def _require_columns(name: str, rows: list[Row]) -> None:
+    """Raises DataError where no row at all has a column: then it is the file that is wrong, and once."""
+    columns = sorted({column for row in rows for column in row.values})
+    if not columns:
+        return
+    problems = []
+    for wanted in (("video",), PROMPT_COLUMNS):
+        if not set(wanted) & set(columns):
+            near = get_close_matches(wanted[0], columns, 1, 0.5)
+            present = ", ".join(columns)[:200]
+            remedy = f"rename {near[0]!r} to {wanted[0]!r}" if near else f"add it to the columns {present}"
+            problems.append(Problem(f"has no column {' or '.join(wanted)}", name, remedy))
+    if problems:
+        raise DataError(problems)
+
+
+def _record(row: Row, root: Path, image_allowed: bool) -> ClipRecord | list[Problem]:
+    problems: list[Problem] = []
+    path = _inside(root, row.values.get("video"), row.where, problems)
+    prompt = _prompt(row.values, row.where, problems)
+    start = _number(row, "start", 0.0, problems)
+    frames = _number(row, "frames", 1.0, problems)
+    fps = _number(row, "fps", 1e-3, problems)
+    if frames is not None and frames != int(frames):
+        problems.append(Problem(f"frames is {frames:g}", row.where, "write a whole number"))
+    if path is not None and not image_allowed and path.suffix.lower() in IMAGE_SUFFIXES:
+        problems.append(Problem(f"{path.name} is a still image", row.where, _NO_STILLS))
+    if problems or path is None or prompt is None:
+        return problems
+    return ClipRecord(path, prompt, start, None if frames is None else int(frames), fps, row.where)
+
+
+def _prompt(values: Mapping[str, object], where: str, problems: list[Problem]) -> str | None:
+    column = next((name for name in PROMPT_COLUMNS if name in values), PROMPT_COLUMNS[0])
+    value = values.get(column)
+    if not isinstance(value, str):
+        kind = "missing" if value is None else f"{str(value)[:80]!r}, not a text"
+        problems.append(Problem(f"{column} is {kind}", where, "write one caption as text"))
+        return None
+    return _caption(value, where, problems)
+
+
+def _caption(text: str, where: str, problems: list[Problem]) -> str | None:
+    caption = text.strip()
+    if not caption:
+        problems.append(Problem("the caption is empty", where, "describe the clip, or leave it out"))
+    elif "\0" in caption:
+        problems.append(Problem("the caption has a NUL character", where, "remove it"))
+    elif any("\ud800" <= character <= "\udfff" for character in caption):
+        problems.append(Problem("the caption has half of a UTF-16 pair", where, "write the character itself"))
+    else:
+        return caption
+    return None
+
+
+def _number(row: Row, column: str, least: float, problems: list[Problem]) -> float | None:
+    value = row.values.get(column)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]  # refused below
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if math.isfinite(number) and number >= least:
+        return number
+    problems.append(Problem(f"{column} is {str(value)[:80]!r}", row.where, f"write a number of at least {least:g}"))
+    return None
+
+
+def _inside(root: Path, value: object, where: str, problems: list[Problem]) -> Path | None:
+    """The regular file that `value` names below `root`, links followed; None where a problem was added."""
+    what, remedy = "", "write a path relative to the dataset's folder"
+    if not isinstance(value, str) or not value.strip():
+        what = "video is missing" if value is None or value == "" else f"video is {str(value)[:80]!r}, not a path"
+    elif _URL.match(value):
+        what, remedy = f"video is a URL: {value[:200]}", "download it and write its path"
+    else:
+        try:
+            path = (root / value.strip()).resolve()
+            what, remedy = _unfit(root, path, value[:200])
+        except (OSError, ValueError, RuntimeError) as error:
+            what = f"{value[:200]!r} cannot be opened ({str(error)[:200]!r})"
+    if what:
+        problems.append(Problem(what, where, remedy))
+        return None
+    return path
+
+
+def _unfit(root: Path, path: Path, value: str) -> tuple[str, str]:
+    """What speaks against `path`, and the remedy; empty if nothing does."""
+    if not path.is_relative_to(root):
+        return f"{value} is outside the dataset's folder {root}", "move or copy it there"
+    if not path.exists():
+        remedy = "write / between folders" if "\\" in value else "correct the path, relative to the dataset's folder"
+        return f"{value} does not exist", remedy
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe or a device"
+        return f"{value} is {kind}, not a file", "name a regular file"
+    return "", ""
+
+
+def _read_folder(folder: Path, image_allowed: bool) -> list[ClipRecord | list[Problem]]:
+    root = folder.resolve()
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    videos = [name for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES]
+    posters = {Path(name).stem for name in videos}
+    stills = [n for n in names if Path(n).suffix.lower() in IMAGE_SUFFIXES and Path(n).stem not in posters]
+    if not videos and not stills:
+        remedy = "put clip.mp4 beside clip.txt; folders inside it are not read"
+        tables = [name for name in names if Path(name).suffix.lower() in (".csv", ".json", ".jsonl")]
+        remedy = f"write data.source = {str(folder / tables[0])!r}" if tables else remedy
+        raise DataError(Problem("the folder has no clips", str(folder), remedy))
+    captions = {Path(name).stem for name in names if name.lower().endswith(".txt")}
+    orphans = sorted(captions - posters - {Path(name).stem for name in stills})
+    remedy = "add the clip or remove it"
+    return [
+        *(_pair(root, name, f"{root.name}/{name}", image_allowed) for name in sorted(videos + stills)),
+        *([Problem("a caption without a clip", f"{root.name}/{stem}.txt", remedy)] for stem in orphans),
+    ]
+
+
+def _pair(root: Path, name: str, where: str, image_allowed: bool) -> ClipRecord | list[Problem]:
+    text_name = f"{Path(name).stem}.txt"
+    if not (root / text_name).is_symlink() and not (root / text_name).exists():
+        return [Problem("has no caption", where, f"write one into {text_name}")]
+    problems: list[Problem] = []
+    text_path = _inside(root, text_name, where, problems)
+    if text_path is None:
+        return problems
+    try:
+        with open_regular(text_path, where) as file:
+            text = read_text(file, where)
+    except DataError as error:
+        return list(error.problems)
+    return _record(Row(where, {"video": name, "prompt": text}), root, image_allowed)

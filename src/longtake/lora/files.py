@@ -1,0 +1,187 @@
+# ruff: noqa: F722
+"""LoRA files: written so that a name never holds half a file, read in whatever format they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn.functional import pad
+
+from longtake import __version__
+from longtake.config.schema import LoraFormat
+from longtake.errors import ModelError, Problem, RunError
+from longtake.files import write_file
+from longtake.lora.formats import Entry, adapter_metadata, looks_like_lora, metadata_alphas, named, parse
+from longtake.lora.merging import modules_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float32
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter of one rank and one alpha: `state` as `adapter_state` gives it, fp32 on the CPU."""
+
+    state: dict[str, Float32[Tensor, "_ _"]]
+    alpha: float
+    metadata: dict[str, str]
+
+    @property
+    def rank(self) -> int:
+        """Rows of every A and columns of every B."""
+        return next(tensor.shape[0] for key, tensor in self.state.items() if ".lora_A." in key)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the adapted layers."""
+        return modules_of(self.state)
+
+
+def save_adapter(
+    path: Path, state: Mapping[str, Float[Tensor, "_ _"]], alpha: float, format: LoraFormat, metadata: Mapping[str, str]
+) -> None:
+    """Writes `state` in `format`, with rank, alpha and `metadata` in the header; equal inputs, equal bytes.
+
+    `path` is replaced only by a file that was synced, opened again and found to hold the same finite tensors. Raises
+    RunError where it cannot be written, or a weight is not finite.
+    """
+    tensors = {key: tensor.detach().contiguous() for key, tensor in named(state, alpha, format).items()}
+    content = _serialised(tensors, _header(state, alpha, format) | dict(metadata))
+    write_file(path, lambda staged: _write_checked(staged, content, tensors, path))
+
+
+def read_adapter(path: Path) -> Adapter:
+    """The LoRA in `path`, whose format is told by its keys, in our own names.
+
+    Layers of different rank or alpha are brought to one by padding with zeros and scaling B. Raises ModelError for a
+    file that is damaged, no LoRA, or the LoRA of another model.
+    """
+    if not path.is_file():
+        raise ModelError(Problem("there is no such file", str(path)))
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            entries = _entries(list(file.keys()), path)
+            tensors = {entry: file.get_tensor(key) for key, entry in entries.items()}
+            metadata = {key: value for key, value in (file.metadata() or {}).items() if key != "format"}
+    except (SafetensorError, OSError) as error:
+        remedy = "download or export it again"
+        raise ModelError(Problem(f"the safetensors file is damaged ({error})", str(path), remedy)) from error
+    return _adapter(tensors, metadata, path)
+
+
+def _entries(keys: list[str], path: Path) -> dict[str, Entry]:
+    parsed = {key: parse(key) for key in keys}
+    entries = {key: entry for key, entry in parsed.items() if entry is not None}
+    if not looks_like_lora(keys):
+        raise ModelError(Problem("this is no LoRA", str(path), "its tensors have none of a LoRA's names"))
+    if not any(entry.module.startswith("blocks.") for entry in entries.values()):
+        raise ModelError(Problem("this is a LoRA of another model", str(path), f"its first layer is {min(keys)}"))
+    if unknown := sorted(parsed.keys() - entries.keys()):
+        what = f"{len(unknown)} of {len(keys)} tensors are no plain LoRA of this model, first {unknown[0]}"
+        raise ModelError(Problem(what, str(path), "use a LoRA without DoRA, LoKr or full differences"))
+    if len(set(entries.values())) < len(entries):
+        raise ModelError(Problem("more than one LoRA is in the file", str(path), "keep one adapter a file"))
+    return entries
+
+
+def _adapter(tensors: Mapping[Entry, Tensor], metadata: dict[str, str], path: Path) -> Adapter:
+    modules = tuple(dict.fromkeys(entry.module for entry in sorted(tensors, key=lambda entry: entry.module)))
+    for module in modules:
+        _check_pair(tensors.get(Entry(module, "lora_A")), tensors.get(Entry(module, "lora_B")), f"{path}: {module}")
+    ranks = {module: tensors[Entry(module, "lora_A")].shape[0] for module in modules}
+    alphas = _alphas(tensors, metadata, ranks, path)
+    state = {entry.key: tensor.float() for entry, tensor in tensors.items() if entry.part != "alpha"}
+    if len(set(ranks.values())) == len(set(alphas.values())) == 1:
+        return Adapter(state, alphas[modules[0]], metadata)
+    return _levelled(
+        state, {module: alphas[module] / ranks[module] for module in modules}, max(ranks.values()), metadata
+    )
+
+
+def _check_pair(down: Tensor | None, up: Tensor | None, where: str) -> None:
+    remedy = "download or export it again"
+    if down is None or up is None:
+        raise ModelError(Problem("only one half of the layer's LoRA is in the file", where, remedy))
+    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or not down.numel() or not up.numel():
+        what = f"the halves' shapes {list(down.shape)} and {list(up.shape)} do not go together"
+        raise ModelError(Problem(what, where, remedy))
+    if not (down.isfinite().all() and up.isfinite().all()):
+        raise ModelError(Problem("the LoRA holds values that are not finite", where, remedy))
+
+
+def _alphas(
+    tensors: Mapping[Entry, Tensor], metadata: Mapping[str, str], ranks: Mapping[str, int], path: Path
+) -> dict[str, float]:
+    """alpha of each module: its own tensor's, else by diffusers' metadata, else the rank (a scale of 1)."""
+    try:
+        listed = metadata_alphas(metadata, ranks)
+        own = {entry.module: float(tensor) for entry, tensor in tensors.items() if entry.part == "alpha"}
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ModelError(Problem(f"cannot read the LoRA's alpha: {error}", str(path))) from error
+    alphas = {module: own.get(module, listed.get(module, float(rank))) for module, rank in ranks.items()}
+    if not all(isfinite(alpha) for alpha in alphas.values()):
+        raise ModelError(Problem("the LoRA's alpha is not finite", str(path), "download or export it again"))
+    return alphas
+
+
+def _levelled(state: dict[str, Tensor], scales: Mapping[str, float], rank: int, metadata: dict[str, str]) -> Adapter:
+    """One rank for all layers by rows and columns of zeros, and a scale of 1 by putting each layer's into its B."""
+    level = {}
+    for module, scale in scales.items():
+        down, up = state[f"{module}.lora_A.weight"], state[f"{module}.lora_B.weight"]
+        missing = rank - down.shape[0]
+        level[f"{module}.lora_A.weight"] = pad(down, (0, 0, 0, missing))
+        level[f"{module}.lora_B.weight"] = pad(up * scale, (0, missing))
+    return Adapter(level, float(rank), metadata)
+
+
+def _header(state: Mapping[str, Float[Tensor, "_ _"]], alpha: float, form: LoraFormat) -> dict[str, str]:
+    modules = modules_of(state)
+    rank = state[f"{modules[0]}.lora_A.weight"].shape[0]
+    return {
+        "format": "pt",
+        "ss_network_module": "networks.lora_wan",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": f"{alpha:g}",
+        "ss_base_model_version": "wan",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "wan/lora",
+        "modelspec.implementation": "https://github.com/Wan-Video/Wan2.1",
+        "modelspec.title": f"LoRA of rank {rank}",
+        "longtake.version": __version__,
+    } | (adapter_metadata(modules, rank, alpha) if form == "diffusers" else {})
+
+
+def _serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file with sorted metadata: the library orders it anew in each process, so bytes would differ."""
+    plain = safetensors.torch.save(dict(tensors))
+    start = 8 + int.from_bytes(plain[:8], "little")
+    header = {"__metadata__": dict(sorted(metadata.items()))} | json.loads(plain[8:start])
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + plain[start:]
+
+
+def _write_checked(staged: Path, content: bytes, tensors: Mapping[str, Tensor], path: Path) -> None:
+    staged.write_bytes(content)
+    if bad := [*_wrong_keys(staged, tensors)]:
+        what = f"{len(bad)} tensors of the adapter are empty, not finite or were not written as they are"
+        raise RunError(Problem(f"{what}, first {bad[0]}", str(path), "nothing was written"))
+
+
+def _wrong_keys(written: Path, tensors: Mapping[str, Tensor]) -> Iterable[str]:
+    with safe_open(written, framework="pt", device="cpu") as file:
+        yield from sorted(set(file.keys()) ^ tensors.keys())
+        for key, tensor in tensors.items():
+            stored = file.get_tensor(key)
+            if not stored.numel() or not stored.isfinite().all() or not torch.equal(stored, tensor.cpu()):
+                yield key

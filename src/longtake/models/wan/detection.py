@@ -1,0 +1,231 @@
+"""What a checkpoint is, told by names and shapes of its tensors, never by a hash or a file name. Needs no torch."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Literal
+
+from longtake.errors import ModelError, Problem
+from longtake.models.wan import signature
+from longtake.models.wan.adapters import AdapterFormat, is_adapter, read_adapter
+from longtake.models.wan.headers import TensorHeader, read_header, read_headers, tensor_files
+from longtake.models.wan.variants import VARIANTS, WanVariant, variant
+
+__all__ = [
+    "EXPERT_FOLDERS",
+    "Checkpoint",
+    "TensorHeader",
+    "decide",
+    "detect",
+    "identify",
+    "inspect",
+    "read_header",
+    "tensors_of",
+]
+
+Layout = Literal["diffusers", "original", "comfyui"]
+Kind = Literal["transformer", "lora", "vae", "text_encoder", "image_encoder"]
+
+EXPERT_FOLDERS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
+"""Folders of the two experts in the original release of the A14B models."""
+
+_DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F8_E4M3": "fp8_e4m3", "F8_E5M2": "fp8_e5m2"}
+_LAYOUT_OF: dict[AdapterFormat, Layout] = {"comfyui": "comfyui", "diffusers": "diffusers", "kohya": "original"}
+# Kind, layout, and names that are all there; the first is the tensor whose shape tells the generation.
+_COMPONENTS: tuple[tuple[Kind, Layout, tuple[str, ...]], ...] = (
+    ("vae", "diffusers", ("quant_conv.weight", "encoder.conv_in.weight")),
+    ("vae", "original", ("conv1.weight", "encoder.conv1.weight", "decoder.conv1.weight")),
+    ("text_encoder", "diffusers", ("shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight")),
+    ("text_encoder", "original", ("token_embedding.weight", "blocks.0.attn.q.weight")),
+    ("image_encoder", "diffusers", ("vision_model.embeddings.class_embedding",)),
+    ("image_encoder", "original", ("visual.cls_embedding",)),
+)
+_VAE_WIDTHS = ((96,), (160,))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `detect` found.
+
+    `variant` is set where there is one candidate; `candidates` are names. `dtype` is that of most values and
+    `parameters` counts one expert. `prefix` is what stands before each name in the file. `experts` maps the component
+    names (`transformer`, `transformer_2`) to where their weights are; empty where the file cannot tell which it is.
+    """
+
+    layout: Layout
+    kind: Kind
+    variant: WanVariant | None
+    candidates: tuple[str, ...]
+    dtype: str
+    parameters: int
+    files: tuple[Path, ...]
+    prefix: str
+    experts: dict[str, Path]
+
+
+def detect(path: Path) -> Checkpoint:
+    """What the file or folder at `path` is, from headers and `model_index.json` alone.
+
+    Raises ModelError where it is damaged, incomplete, or of a model that Longtake does not train.
+    """
+    if (path / "model_index.json").is_file():
+        return _detect_pipeline(path)
+    folders = {component: path / folder for component, folder in EXPERT_FOLDERS.items()}
+    if experts := {component: folder for component, folder in folders.items() if folder.is_dir()}:
+        return _narrowed(path, experts, two=True)
+    files = tensor_files(path)
+    return _detect_tensors(path, files, read_headers(files))
+
+
+def identify(path: Path, wanted_variant: str = "") -> WanVariant:
+    """The variant of the transformer at `path`; `wanted_variant`, a name or hub id, decides where the weights cannot.
+
+    Raises ModelError as `detect` does, for other kinds of file, and where candidates remain or none is the wanted one.
+    """
+    return decide(detect(path), path, wanted_variant)
+
+
+def decide(found: Checkpoint, path: Path, wanted_variant: str = "") -> WanVariant:
+    """`identify` for what has been detected at `path` before."""
+    if found.kind != "transformer":
+        raise ModelError(Problem(f"this is a {found.kind}, not a transformer", str(path), "give the base model's path"))
+    candidates = " or ".join(found.candidates)
+    if not wanted_variant:
+        if found.variant is not None:
+            return found.variant
+        remedy = f'set model.name to the right one, for example "{found.candidates[0]}"'
+        raise ModelError(Problem(f"this is {candidates}: their weights have the same shapes", str(path), remedy))
+    by_hub_id = {known.hub_id: known.name for known in VARIANTS.values() if known.hub_id}
+    name = by_hub_id.get(wanted_variant.removeprefix("ms://")) or variant(wanted_variant).name
+    if name not in found.candidates:
+        raise ModelError(Problem(f"this is {candidates}, not {name}", str(path), "correct model.name or model.path"))
+    return found.variant or variant(name)
+
+
+def inspect(path: Path) -> dict[str, object]:
+    """What `longtake inspect --json` prints of the file or folder at `path`; raises ModelError as `detect` does."""
+    found = detect(path)
+    tasks = {VARIANTS[name].spec.task for name in found.candidates}
+    facts: dict[str, object] = {
+        "kind": found.kind,
+        "variant": found.variant.name if found.variant else None,
+        "candidates": list(found.candidates),
+        "task": tasks.pop() if len(tasks) == 1 else None,
+        "parameters": found.parameters,
+        "dtype": found.dtype,
+        "layout": found.layout,
+        "experts": list(found.experts),
+        "files": [str(file) for file in found.files],
+    }
+    if found.kind != "lora":
+        return facts
+    adapter = read_adapter(read_headers(found.files))
+    return facts | {
+        "format": adapter.format,
+        "ranks": list(adapter.ranks),
+        "alphas": list(adapter.alphas),
+        "targets": len(adapter.modules),
+        "unknown_targets": list(adapter.unknown),
+    }
+
+
+def tensors_of(checkpoint: Checkpoint) -> dict[str, TensorHeader]:
+    """Tensors of a detected transformer of one expert, by diffusers' names; raises ModelError as `read_header` does."""
+    body = signature.without_prefix(read_headers(checkpoint.files), checkpoint.prefix)
+    return signature.diffusers_names(body, checkpoint.layout != "diffusers", checkpoint.files[0])
+
+
+def _detect_pipeline(root: Path) -> Checkpoint:
+    index_path = root / "model_index.json"
+    try:
+        index = json.loads(index_path.read_text(encoding="utf-8"))
+        classes = {name: index[name][1] for name in EXPERT_FOLDERS if (index.get(name) or [None])[0]}
+    except OSError as error:
+        raise ModelError(Problem(f"cannot be read: {error.strerror or error}", str(index_path))) from error
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise ModelError(Problem("this is not the index of a diffusers pipeline", str(index_path))) from error
+    for component, name in classes.items():
+        if name != "WanTransformer3DModel":
+            what = f"{component} is a {name}, a model that Longtake does not train"
+            raise ModelError(Problem(what, str(index_path), signature.trained()))
+    if "transformer" not in classes:
+        raise ModelError(Problem("the pipeline has no transformer", str(index_path), signature.trained()))
+    two, boundary = "transformer_2" in classes, index.get("boundary_ratio")
+    if two and not (isinstance(boundary, int | float) and 0 < boundary < 1):
+        raise ModelError(Problem("transformer_2 without a boundary_ratio between 0 and 1", str(index_path)))
+    # Only one of two experts may have been downloaded.
+    present = {name: root / name for name in classes if (root / name).is_dir()}
+    found = _narrowed(root, present or {"transformer": root / "transformer"}, two, bool(index.get("expand_timesteps")))
+    if found.variant is None or not two:
+        return found
+    spec = replace(found.variant.spec, boundary_ratio=float(boundary))
+    return replace(found, variant=replace(found.variant, spec=spec))
+
+
+def _narrowed(root: Path, experts: dict[str, Path], two: bool, expand_timesteps: bool | None = None) -> Checkpoint:
+    """Detects each expert's weights and keeps the candidates that agree with the folder they are in."""
+    parts = [detect(folder) for folder in experts.values()]
+    names = [name for name in parts[0].candidates if all(name in part.candidates for part in parts)]
+    specs = {name: VARIANTS[name].spec for name in names}
+    names = [name for name, spec in specs.items() if (len(spec.experts) == 2) == two]
+    if expand_timesteps is not None:
+        names = [name for name in names if specs[name].expand_timesteps == expand_timesteps]
+    if not names or any(part.kind != "transformer" for part in parts):
+        held = ", ".join(f"{name}: {' or '.join(part.candidates)}" for name, part in zip(experts, parts, strict=True))
+        raise ModelError(Problem(f"the folder's parts do not make one model ({held})", str(root), signature.trained()))
+    files = tuple(file for part in parts for file in part.files)
+    only = VARIANTS[names[0]] if len(names) == 1 else None
+    return replace(parts[0], variant=only, candidates=tuple(names), files=files, experts=experts)
+
+
+def _detect_tensors(path: Path, files: tuple[Path, ...], tensors: dict[str, TensorHeader]) -> Checkpoint:
+    if not tensors:
+        raise ModelError(Problem("holds no tensors", str(path), "download it again"))
+    if is_adapter(tensors):
+        adapter = read_adapter(tensors)
+        return _checkpoint(_LAYOUT_OF[adapter.format], "lora", adapter.bases, tensors, files)
+    for kind, component_layout, names in _COMPONENTS:
+        if all(name in tensors for name in names):
+            return _checkpoint(component_layout, kind, _users(kind, names, tensors), tensors, files)
+    prefixes = (prefix for prefix in signature.PREFIXES if any(name.startswith(prefix) for name in tensors))
+    prefix = next(prefixes, "")
+    body = signature.without_prefix(tensors, prefix)
+    signature.refuse_others(body, path)
+    diffusers = any(name.startswith("condition_embedder.") for name in body)
+    layout: Layout = "diffusers" if diffusers else "comfyui" if prefix else "original"
+    renamed = signature.diffusers_names(body, not diffusers, path)
+    candidates = signature.candidates({name: header.shape for name, header in renamed.items()}, path)
+    found = replace(_checkpoint(layout, "transformer", candidates, body, files), prefix=prefix)
+    single = all(len(VARIANTS[name].spec.experts) == 1 for name in candidates)
+    return replace(found, experts={"transformer": path}) if single else found
+
+
+def _users(kind: Kind, names: Sequence[str], tensors: Mapping[str, TensorHeader]) -> tuple[str, ...]:
+    """The variants whose VAE, text or image encoder has these sizes."""
+    shape = tensors[names[0]].shape
+    if kind == "vae":
+        full = tensors[names[1]].shape[:1] in _VAE_WIDTHS
+        wanted = [item for item in VARIANTS.values() if (2 * item.spec.latent_channels,) == shape[:1]]
+        return tuple(item.name for item in wanted if bool(item.hub_id) == full)
+    if kind == "text_encoder":
+        return tuple(item.name for item in VARIANTS.values() if (item.spec.text_dim,) == shape[-1:])
+    return tuple(item.name for item in VARIANTS.values() if (item.spec.image_dim,) == shape[-1:])
+
+
+def _checkpoint(
+    layout: Layout,
+    kind: Kind,
+    candidates: Sequence[str],
+    tensors: Mapping[str, TensorHeader],
+    files: tuple[Path, ...],
+) -> Checkpoint:
+    counts: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        if not signature.is_scale(name):
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + prod(tensor.shape)
+    main = max(counts, key=lambda dtype: counts[dtype])
+    dtype = _DTYPES.get(main, main.lower()) + (" with scales" if any(map(signature.is_scale, tensors)) else "")
+    only = VARIANTS[candidates[0]] if len(candidates) == 1 else None
+    return Checkpoint(layout, kind, only, tuple(candidates), dtype, sum(counts.values()), files, "", {})

@@ -1,0 +1,248 @@
+"""The transformer's weights: where they lie, streamed from safetensors onto their final dtype and device, and saved."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from io import FileIO
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+from safetensors.torch import save_file
+from torch import Tensor
+
+from longtake.config.schema import ModelConfig
+from longtake.errors import ModelError, Problem
+from longtake.files import STAGED, write_file, write_folder
+from longtake.models.hub import MODELSCOPE, fetch
+from longtake.models.wan.detection import EXPERT_FOLDERS, Checkpoint, decide, detect, tensors_of
+from longtake.models.wan.headers import TensorHeader
+from longtake.models.wan.keys import to_original
+from longtake.models.wan.signature import differences
+from longtake.models.wan.variants import KEEP_FP32, VARIANTS, WanVariant, variant
+
+_TORCH_TYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_STAGING_BYTES = 32 * 2**20
+_COMPONENTS = ("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor", "scheduler")
+_FREE_KEYS = ("eps", "rope_max_seq_len")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model on this machine.
+
+    `transformers` maps `transformer` and `transformer_2` to a diffusers component folder, a folder of shards or a
+    safetensors file. `root` is the diffusers folder with `vae`, `text_encoder` and the other components, None where
+    the model is a transformer alone and no components were given.
+    """
+
+    variant: WanVariant
+    transformers: dict[str, Path]
+    root: Path | None
+
+
+def locate(model: ModelConfig, bundled: Callable[[str], Path], report: Callable[[str], None]) -> ModelFiles:
+    """Finds, and downloads if need be, the model of a config; `bundled` gives the diffusers folder of a tiny variant.
+
+    Raises ModelError where it does not exist, is of another kind, or where the files cannot tell which variant or
+    which expert they are and the config does not say.
+    """
+    if model.path:
+        path, wanted = Path(model.path).expanduser(), model.name
+        if not path.exists():
+            raise ModelError(Problem(f"there is no {path}", "model.path"))
+    else:
+        path, wanted = _named(model, bundled, report)
+    found = detect(path)
+    chosen = decide(found, path, wanted)
+    transformers = found.experts or {_expert(model.expert, chosen, path): path}
+    own_root = path if (path / "model_index.json").is_file() else None
+    return ModelFiles(chosen, transformers, _components(model.components, bundled, report) or own_root)
+
+
+def load_transformer(
+    files: ModelFiles, component: str, dtype: torch.dtype, device: torch.device
+) -> WanTransformer3DModel:
+    """The frozen transformer `component` in eval mode, in `dtype` but for what diffusers keeps in fp32, on `device`.
+
+    Tensors are read one after the other with plain reads (pages of a mapped file would count as the process's
+    memory): beyond the final weights this takes a few dozen MiB of host memory. Raises ModelError where the file is
+    damaged, quantised with scales, or where parameters are missing, superfluous, or of another shape.
+    """
+    if component not in files.transformers:
+        what = f"{files.variant.name} has no {component} here, only {', '.join(files.transformers)}"
+        raise ModelError(Problem(what, "model", "give the folder with both transformers"))
+    path = files.transformers[component]
+    found = detect(path)
+    _check_types(found, path)
+    tensors = tensors_of(found)
+    with torch.device("meta"):
+        transformer = WanTransformer3DModel(**_config(found, path, files.variant))
+    shapes = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
+    if problems := differences({name: header.shape for name, header in tensors.items()}, shapes, path):
+        raise ModelError(problems)
+    transformer.load_state_dict(_read(tensors, dtype, device), assign=True)
+    # Not in the state dict, so the one part that `meta` left without values.
+    config = transformer.config
+    rope = WanRotaryPosEmbed(config.attention_head_dim, config.patch_size, config.rope_max_seq_len)
+    transformer.rope = rope.to(device)
+    return transformer.requires_grad_(False).eval()
+
+
+def save_transformer(
+    transformer: WanTransformer3DModel, folder_or_file: Path, layout: Literal["diffusers", "original"]
+) -> None:
+    """Writes all weights, whole or not at all: a diffusers component folder, or one file with the original names.
+
+    An earlier transformer in that place is replaced. Raises ModelError where something else is there, RunError where
+    the disk refuses.
+    """
+    if layout == "original":
+        state = {to_original(name): tensor.contiguous() for name, tensor in transformer.state_dict().items()}
+        write_file(folder_or_file, lambda staged: save_file(state, staged, metadata={"format": "pt"}))
+        return
+    if not folder_or_file.exists():
+        write_folder(folder_or_file, transformer.save_pretrained)
+        return
+    if not (folder_or_file / "config.json").is_file():
+        raise ModelError(Problem("is there already and is no transformer", str(folder_or_file), "give another place"))
+    latest, previous = (
+        folder_or_file.with_name(f"{folder_or_file.name}{STAGED}{age}") for age in ("latest", "previous")
+    )
+    for leftover in (latest, previous):
+        shutil.rmtree(leftover, ignore_errors=True)
+    write_folder(latest, transformer.save_pretrained)
+    folder_or_file.rename(previous)
+    latest.rename(folder_or_file)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _named(model: ModelConfig, bundled: Callable[[str], Path], report: Callable[[str], None]) -> tuple[Path, str]:
+    """The folder of a variant's name or a hub id, and what it says of the variant."""
+    if model.name in VARIANTS and not VARIANTS[model.name].hub_id:
+        return bundled(model.name), model.name
+    published = {row.hub_id: row for row in VARIANTS.values() if row.hub_id}
+    known = VARIANTS.get(model.name) or published.get(model.name.removeprefix(MODELSCOPE))
+    if known is None and "/" not in model.name:
+        variant(model.name)
+    if known is None and Path(model.name).expanduser().exists():
+        raise ModelError(Problem(f"{model.name} is a path", "model.name", "write it as model.path"))
+    expert = model.expert if known and len(known.spec.experts) == 2 else "both"
+    folder = fetch(VARIANTS[model.name].hub_id if model.name in VARIANTS else model.name, _patterns(expert), report)
+    return folder, known.name if known else ""
+
+
+def _components(value: str, bundled: Callable[[str], Path], report: Callable[[str], None]) -> Path | None:
+    if not value:
+        return None
+    local = Path(value).expanduser()
+    if local.is_dir():
+        root = local
+    elif value in VARIANTS and not VARIANTS[value].hub_id:
+        root = bundled(value)
+    elif value in VARIANTS or "/" in value:
+        root = fetch(VARIANTS[value].hub_id if value in VARIANTS else value, _component_patterns(), report)
+    else:
+        raise ModelError(Problem(f"there is no folder or model {value}", "model.components"))
+    if not (root / "vae").is_dir():
+        raise ModelError(
+            Problem(f"{root} has no folder vae", "model.components", "give a diffusers folder or its hub id")
+        )
+    return root
+
+
+def _component_patterns() -> list[str]:
+    kinds = ("*.json", "*.safetensors", "*.model", "*.txt")
+    return ["model_index.json", *(f"{component}/{kind}" for component in _COMPONENTS for kind in kinds)]
+
+
+def _patterns(expert: str) -> list[str]:
+    """Files of a diffusers repository and of an original release; of one expert where only that is trained."""
+    chosen = {"high": ["transformer"], "low": ["transformer_2"]}.get(expert, list(EXPERT_FOLDERS))
+    folders = [*chosen, *(EXPERT_FOLDERS[name] for name in chosen)]
+    return [*_component_patterns(), "config.json", "diffusion_pytorch_model*", *(f"{folder}/*" for folder in folders)]
+
+
+def _expert(expert: str, chosen: WanVariant, path: Path) -> str:
+    experts = chosen.spec.experts
+    if len(experts) == 1:
+        return experts[0]
+    if expert == "both":
+        what = f"this is one of the two transformers of {chosen.name}, the file does not tell which"
+        raise ModelError(Problem(what, str(path), 'set model.expert to "high" or "low", or give the folder with both'))
+    return experts[0 if expert == "high" else 1]
+
+
+def _check_types(found: Checkpoint, path: Path) -> None:
+    if found.kind != "transformer":
+        raise ModelError(Problem(f"this is a {found.kind}, not a transformer", str(path)))
+    if found.dtype.endswith("with scales"):
+        what = f"the weights are {found.dtype}, which Longtake does not load"
+        raise ModelError(Problem(what, str(path), "use the bf16 or fp16 file of the same model"))
+
+
+def _config(found: Checkpoint, path: Path, chosen: WanVariant) -> dict[str, Any]:
+    """The folder's own config.json, which must agree with the variant but for `_FREE_KEYS`, or else the variant's."""
+    file = path / "config.json"
+    if found.layout != "diffusers" or not file.is_file():
+        return chosen.transformer_config
+    try:
+        given = json.loads(file.read_text(encoding="utf-8"))
+        own = {key: given[key] for key in chosen.transformer_config if key in given}
+        config = chosen.transformer_config | own | {"patch_size": tuple(own.get("patch_size", (1, 2, 2)))}
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(Problem("cannot be read as a transformer's config", str(file), "download it again")) from error
+    other = [f"{key} = {config[key]}" for key in own if config[key] != chosen.transformer_config[key]]
+    if wrong := [text for text in other if not text.startswith(_FREE_KEYS)]:
+        raise ModelError(Problem(f"{', '.join(wrong)} does not agree with {chosen.name}", str(file)))
+    return config
+
+
+def _read(tensors: Mapping[str, TensorHeader], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Every tensor, in the order of the files so that the disk reads ahead."""
+    in_order = sorted(tensors.items(), key=lambda item: (str(item[1].file), item[1].start))
+    state: dict[str, Tensor] = {}
+    for path, group in groupby(in_order, key=lambda item: item[1].file):
+        with path.open("rb", buffering=0) as file:
+            for name, header in group:
+                kept = any(part in KEEP_FP32 for part in name.split("."))
+                final = torch.empty(header.shape, dtype=torch.float32 if kept else dtype, device=device)
+                _read_tensor(file, name, header, final.view(-1))
+                state[name] = final
+    return state
+
+
+def _read_tensor(file: FileIO, name: str, header: TensorHeader, final: Tensor) -> None:
+    """Fills `final` [values], through a small staging tensor where the dtype or the device differs."""
+    source = _TORCH_TYPES.get(header.dtype)
+    if source is None:
+        raise ModelError(Problem(f"{name} is of type {header.dtype}: a quantised file", str(header.file)))
+    file.seek(header.start)
+    if final.device.type == "cpu" and final.dtype == source:
+        _fill(file, final, header.file)
+        return
+    step = _STAGING_BYTES // source.itemsize
+    staging = torch.empty(min(step, final.numel()), dtype=source)
+    for part in final.split(step):
+        _fill(file, staging[: part.numel()], header.file)
+        part.copy_(staging[: part.numel()])
+
+
+def _fill(file: FileIO, values: Tensor, path: Path) -> None:
+    rest = values.view(torch.uint8).numpy().data
+    while rest:
+        count = file.readinto(rest)
+        if not count:
+            raise ModelError(Problem("the file ended early: it was changed while it was read", str(path)))
+        rest = rest[count:]

@@ -1,0 +1,80 @@
+"""Progress on the terminal: bars where there is one, plain lines in a pipe. Needs no torch."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from longtake.units import format_seconds
+
+Advance = Callable[[int, str], None]
+"""Takes how many units are done in all and what to say beside the bar."""
+
+PLAIN_SECONDS = 5.0
+"""Least time between two lines of one bar where the output is no terminal."""
+
+
+class Reporter:
+    """Says what goes on, on stderr, so that stdout stays for results."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(file=sys.stderr, quiet=quiet, highlight=False, soft_wrap=True)
+
+    def line(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, markup=False)
+
+    @contextmanager
+    def bar(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
+        """Yields the function to call as work is done; it shows rate and the time left beside its text.
+
+        `done` units were there before (a resumed run): they count in the bar and not in the rate.
+        """
+        pace = Pace(total, done, unit)
+        if not self.console.is_terminal:
+            yield self._plain(title, pace)
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
+        with Progress(*columns, console=self.console) as progress:
+            task = progress.add_task(title, total=total, completed=done, text="")
+
+            def advance(count: int, text: str) -> None:
+                progress.update(task, completed=count, text=f"{pace.at(count)}  {text}")
+
+            yield advance
+
+    def _plain(self, title: str, pace: "Pace") -> Advance:
+        last = time.monotonic()
+
+        def advance(count: int, text: str) -> None:
+            nonlocal last
+            if count < pace.total and time.monotonic() - last < PLAIN_SECONDS:
+                return
+            last = time.monotonic()
+            self.line(f"{title}  {pace.at(count)}  {text}".rstrip())
+
+        return advance
+
+
+class Pace:
+    """Rate and remaining time of `total` units, of which `before` were done before the clock started."""
+
+    def __init__(self, total: int, before: int, unit: str) -> None:
+        self.total = total
+        self.before = before
+        self.unit = unit
+        self.started = time.monotonic()
+
+    def at(self, count: int) -> str:
+        """`12/50  1.3 clips/s  ETA 0:29`."""
+        seconds = time.monotonic() - self.started
+        new = count - self.before
+        if new <= 0 or seconds <= 0:
+            return f"{count}/{self.total}"
+        rate = new / seconds
+        left = format_seconds((self.total - count) / rate)
+        shown = f"{rate:.2f} {self.unit}/s" if rate >= 1 else f"{1 / rate:.2f} s/{self.unit.rstrip('s')}"
+        return f"{count}/{self.total}  {shown}  ETA {left}"

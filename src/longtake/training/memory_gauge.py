@@ -1,0 +1,100 @@
+"""Bytes in use and their peak, on the device and on the host: by torch, by the driver, by the process."""
+
+import contextlib
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pynvml
+import torch
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes now and at their peak. `driver_bytes` is what nvidia-smi shows for the whole device, None without one."""
+
+    device_bytes: int
+    device_peak_bytes: int
+    host_bytes: int
+    host_peak_bytes: int
+    driver_bytes: int | None = None
+    driver_peak_bytes: int | None = None
+
+
+class MemoryGauge:
+    """Reads memory during a run; made before the model is built, because a CPU run counts from there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.process = psutil.Process()
+        self.before = _peak_resident() if device.type == "cpu" else 0
+        self.driver = _Driver(device) if device.type == "cuda" else None
+
+    def read(self) -> Memory:
+        """The bytes now."""
+        resident, peak = self.process.memory_info().rss, _peak_resident()
+        if self.driver is None:
+            return Memory(max(0, resident - self.before), max(0, peak - self.before), resident, peak)
+        return Memory(
+            torch.cuda.memory_allocated(self.device),
+            torch.cuda.max_memory_reserved(self.device),
+            resident,
+            peak,
+            self.driver.used_bytes,
+            self.driver.peak_bytes,
+        )
+
+    def device_line(self) -> str:
+        """What is on the device before the run: its size, and the bytes of other processes."""
+        if self.driver is None:
+            return f"device: CPU, {psutil.virtual_memory().available / 2**30:.1f} GiB of host memory available"
+        others, total = self.driver.other_bytes / 2**30, self.driver.total_bytes / 2**30
+        return (
+            f"device: {torch.cuda.get_device_name(self.device)}, {total:.1f} GiB, other processes use {others:.1f} GiB"
+        )
+
+    def free_bytes(self) -> int:
+        """What a run may use when no budget is given."""
+        if self.driver is None:
+            return psutil.virtual_memory().available
+        return torch.cuda.mem_get_info(self.device)[0]
+
+    def close(self) -> None:
+        """Ends the sampling of the driver."""
+        if self.driver is not None:
+            self.driver.close()
+
+
+class _Driver:
+    """Samples NVML once a second on a thread: the device's used bytes, as nvidia-smi shows them."""
+
+    def __init__(self, device: torch.device) -> None:
+        pynvml.nvmlInit()
+        uuid = torch.cuda.get_device_properties(device).uuid
+        self.handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        memory = pynvml.nvmlDeviceGetMemoryInfo(self.handle)
+        self.total_bytes = int(memory.total)
+        self.used_bytes = self.peak_bytes = self.other_bytes = int(memory.used)
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._sample, name="nvml", daemon=True)
+        self.thread.start()
+
+    def close(self) -> None:
+        self.stopped.set()
+        self.thread.join()
+        pynvml.nvmlShutdown()
+
+    def _sample(self) -> None:
+        while not self.stopped.wait(1.0):
+            self.used_bytes = int(pynvml.nvmlDeviceGetMemoryInfo(self.handle).used)
+            self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+
+
+def _peak_resident() -> int:
+    """Greatest resident size of the process so far (Linux: VmHWM), else its size now."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return psutil.Process().memory_info().rss

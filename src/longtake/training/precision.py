@@ -1,0 +1,47 @@
+"""Mixed precision: autocast around the forward pass, with the modules that must stay fp32 kept out of it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from longtake.config.schema import Precision
+from longtake.models.spec import ModelSpec
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@contextmanager
+def compute_in(transformer: nn.Module, spec: ModelSpec, precision: Precision, device: torch.device) -> Iterator[None]:
+    """Inside the context the forward pass computes in `precision`, fp32 islands excepted.
+
+    `spec.keep_fp32` names the islands: without them autocast would embed timesteps in bf16, which tells 294 of 1000
+    apart. peft's cast of a LoRA's input to fp32 is switched off, because autocast takes it back at once.
+    """
+    if precision == "fp32":
+        yield
+        return
+    islands = [module for name, module in transformer.named_modules() if name.split(".")[-1] in spec.keep_fp32]
+    casting = [module for module in transformer.modules() if getattr(module, "cast_input_dtype_enabled", False)]
+    for module in islands:
+        module.forward = _outside_autocast(module.forward, device.type)
+    for module in casting:
+        module.cast_input_dtype_enabled = False  # type: ignore[assignment]  # an attribute of peft's layers
+    try:
+        with torch.autocast(device.type, DTYPES[precision]):
+            yield
+    finally:
+        for module in islands:
+            del module.forward
+        for module in casting:
+            module.cast_input_dtype_enabled = True  # type: ignore[assignment]
+
+
+def _outside_autocast(forward: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        with torch.autocast(device_type, enabled=False):
+            return forward(*arguments, **keywords)
+
+    return run

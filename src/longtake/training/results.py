@@ -1,0 +1,172 @@
+"""What one does with a finished or running run: sample from it, export its adapter, merge it into full weights."""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longtake import files
+from longtake.config.load import load_config
+from longtake.config.schema import LoraFormat, ModelConfig, Precision, RunConfig
+from longtake.data.encode import component_root
+from longtake.data.video import read_image, write_clip
+from longtake.errors import ConfigError, ModelError, Problem
+from longtake.lora import Adapter, attach_adapter, merge, read_adapter, save_adapter
+from longtake.models.spec import ModelSpec
+from longtake.models.wan import tiny
+from longtake.models.wan.weights import ModelFiles, load_transformer, locate, save_transformer
+from longtake.progress import Reporter
+from longtake.sampling import SampleRequest, check_request, sample
+from longtake.training.checkpoint import load_newest
+from longtake.training.model import choose_expert, find_model
+from longtake.training.precision import DTYPES
+from longtake.training.run import ADAPTER, adapter_metadata
+from longtake.training.run_folder import CONFIG
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asks of a sample; `size` is `WIDTHxHEIGHT` or empty, `num_frames` None for the run's or model's own."""
+
+    prompt: str
+    negative_prompt: str
+    image: Path | None
+    last_image: Path | None
+    num_frames: int | None
+    size: str
+    steps: int
+    guidance_scale: float
+    seed: int
+
+
+def read_run(run: Path) -> RunConfig:
+    """The config of a run; raises ConfigError where the folder is no run."""
+    if not (run / CONFIG).is_file():
+        raise ConfigError(
+            Problem("this is no run folder (it has no config.toml)", str(run), "give output.run of a run")
+        )
+    return load_config(run / CONFIG)
+
+
+def run_adapter(run: Path, config: RunConfig, reporter: Reporter) -> Adapter:
+    """The run's adapter: the finished one, else that of the newest checkpoint (of the average where there is one)."""
+    assert config.lora is not None
+    if (run / ADAPTER).is_file():
+        return read_adapter(run / ADAPTER)
+    checkpoint = load_newest(run, reporter.line)
+    if checkpoint is None:
+        raise ConfigError(
+            Problem("the run has no adapter and no checkpoint yet", str(run), "wait for output.save_every")
+        )
+    reporter.line(f"the run is not finished: using the checkpoint after step {checkpoint.step}")
+    tensors = checkpoint.ema or checkpoint.trained
+    state = {re.sub(r"(lora_[AB])\.[^.]+\.weight$", r"\1.weight", name): tensor for name, tensor in tensors.items()}
+    return Adapter(state, config.lora.alpha, {})
+
+
+def export(run: Path, form: LoraFormat, merged: bool, out: Path, reporter: Reporter) -> None:
+    """Writes the adapter in `form`; or, with `merged` or after full fine-tuning, the full weights in that layout."""
+    config = read_run(run)
+    model_files = find_model(config, reporter.line)
+    if config.lora is not None and not merged:
+        adapter = run_adapter(run, config, reporter)
+        save_adapter(out, adapter.state, adapter.alpha, form, adapter_metadata(config, model_files))
+        return
+    if form == "kohya":
+        raise ConfigError(
+            Problem("kohya's format is for adapters", "--format", "use comfyui or diffusers for full weights")
+        )
+    transformer = _trained_transformer(run, config, model_files, torch.device("cpu"), reporter)
+    save_transformer(transformer, out, "diffusers" if form == "diffusers" else "original")
+
+
+def sample_to_file(run: Path | None, model: str, lora: Path | None, wish: Wish, out: Path, reporter: Reporter) -> None:
+    """Samples from a run, or from a model with or without a LoRA file, and writes the mp4."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if run is not None:
+        config = read_run(run)
+        model_files = find_model(config, reporter.line)
+        request = _request(wish, config.data.size, config.data.num_frames, config.training.shift)
+        precision = config.model.dtype
+    else:
+        model_files = locate(_model_config(model), tiny.bundled, reporter.line)
+        variant = model_files.variant
+        request = _request(wish, variant.size, variant.num_frames, variant.shift)
+        precision = _default_precision(device)
+    spec = model_files.variant.spec
+    root = component_root(model_files.root, "model.components")
+    check_request(request, spec)
+    transformers = {name: load_transformer(model_files, name, DTYPES[precision], device) for name in spec.experts}
+    if run is not None:
+        component, _ = choose_expert(config, spec)
+        transformers[component] = _trained_transformer(run, config, model_files, device, reporter, merged=False)
+    elif lora is not None:
+        adapter = read_adapter(lora)
+        component = _expert_of(adapter, lora, spec)
+        attach_adapter(transformers[component], adapter)
+    with reporter.bar("sampling", request.steps, "steps") as advance:
+        frames = sample(root, spec, transformers, request, device, lambda done: advance(done, ""))
+    files.write_file(out, lambda staged: write_clip(frames, staged, spec.fps))
+
+
+def _trained_transformer(
+    run: Path, config: RunConfig, model_files: ModelFiles, device: torch.device, reporter: Reporter, merged: bool = True
+) -> Any:
+    """The run's transformer with its adapter merged or attached, or as full fine-tuning left it."""
+    component, _ = choose_expert(config, model_files.variant.spec)
+    dtype = DTYPES[config.model.dtype]
+    if config.lora is None:
+        folder = run / "transformer"
+        if not folder.is_dir():
+            raise ConfigError(Problem("the run is not finished", str(run), "continue it with --resume"))
+        return load_transformer(replace(model_files, transformers={component: folder}), component, dtype, device)
+    transformer = load_transformer(model_files, component, dtype, device)
+    adapter = run_adapter(run, config, reporter)
+    if merged:
+        merge(transformer, adapter.state, adapter.alpha)
+    else:
+        attach_adapter(transformer, adapter)
+    return transformer
+
+
+def _request(wish: Wish, size: tuple[int, int], num_frames: int, shift: float) -> SampleRequest:
+    if wish.size:
+        match = re.fullmatch(r"(\d+)x(\d+)", wish.size)
+        if match is None:
+            raise ConfigError(
+                Problem(f"cannot read {wish.size!r}", "--size", "write WIDTHxHEIGHT, for example 832x480")
+            )
+        size = (int(match[1]), int(match[2]))
+    return SampleRequest(
+        prompt=wish.prompt,
+        image=read_image(wish.image, size) if wish.image else None,
+        last_image=read_image(wish.last_image, size) if wish.last_image else None,
+        size=size,
+        num_frames=wish.num_frames or num_frames,
+        steps=wish.steps,
+        guidance_scale=wish.guidance_scale,
+        seed=wish.seed,
+        shift=shift,
+        negative_prompt=wish.negative_prompt,
+    )
+
+
+def _model_config(model: str) -> ModelConfig:
+    return ModelConfig(path=str(Path(model).resolve())) if Path(model).exists() else ModelConfig(name=model)
+
+
+def _default_precision(device: torch.device) -> Precision:
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
+def _expert_of(adapter: Adapter, path: Path, spec: ModelSpec) -> str:
+    """Which transformer a LoRA file is for: the only one, or the one that its metadata names."""
+    if len(spec.experts) == 1:
+        return spec.experts[0]
+    expert = adapter.metadata.get("longtake.expert", "")
+    if expert not in ("high", "low"):
+        what = "the file does not say which of the two transformers it is for"
+        raise ModelError(Problem(what, str(path), "export it from its run again"))
+    return spec.experts[0 if expert == "high" else 1]

@@ -1,0 +1,165 @@
+"""A whole run, from a config to an adapter: what `longtake train` does."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from longtake.config.conflicts import check
+from longtake.config.schema import RunConfig
+from longtake.data.buckets import stage_frames
+from longtake.data.cache import Cache
+from longtake.data.encode import component_root, load_manifest
+from longtake.data.loader import BucketSampler, EntryReader
+from longtake.data.split import split
+from longtake.distributed.backend import SingleDevice, world
+from longtake.errors import ConfigError, Problem, RunError
+from longtake.lora import adapter_state, save_adapter
+from longtake.memory.strategy import apply
+from longtake.models.wan.weights import ModelFiles, save_transformer
+from longtake.progress import Reporter
+from longtake.training.checkpoint import load_newest
+from longtake.training.interrupt import stop_request
+from longtake.training.memory_gauge import MemoryGauge
+from longtake.training.metrics import Metrics
+from longtake.training.model import TrainedModel, build_model, choose_expert, find_model
+from longtake.training.optimizer import MovingAverage, build_optimizer
+from longtake.training.run_folder import open_run
+from longtake.training.trainer import Parts, Trainer
+from longtake.training.validation import Validation
+from longtake.units import format_bytes, parse_bytes
+
+ADAPTER = "adapter.safetensors"
+
+
+def train(config: RunConfig, resume: bool, reporter: Reporter) -> Path:
+    """Runs or continues the run of `config` and returns its folder.
+
+    Raises ConfigError, ModelError, DataError and CacheError before anything is written, RunError afterwards.
+    """
+    _, ranks = world()
+    check(config, ranks)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model_files = find_model(config, reporter.line)
+    spec = model_files.variant.spec
+    choose_expert(config, spec)
+    root = component_root(model_files.root, "model.components")
+    manifest = load_manifest(config, spec, root, reporter.line)
+    reader = EntryReader(Cache(Path(config.data.cache)), manifest.empty_text)
+    training_entries, held = split(manifest.entries, config.data.validation, config.training.seed)
+    stages = stage_frames(config.data.num_frames, config.data.frames_schedule)
+    batch_size = config.training.global_batch_size
+    sampler = BucketSampler(training_entries, stages, config.training.seed, batch_size)
+    held = [entry for entry in held if stages[-1][1] in entry.stages]
+    validation = Validation(config, held, reader, root, device)
+    with open_run(config, resume, reporter.line) as run, stop_request() as stop, _gauge(device) as gauge:
+        _budget(config, gauge, device, reporter)
+        model = build_model(config, model_files, device)
+        validation.requests(model)
+        checkpoint = load_newest(run, reporter.line) if resume else None
+        parts = _parts(config, run, model, sampler, validation, checkpoint.step if checkpoint else 0, gauge, reporter)
+        trainer = Trainer(parts, stop)
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+            reporter.line(f"resumed after step {checkpoint.step}")
+        try:
+            with apply(model.transformer, spec, config.memory, run / "scratch"):
+                trainer.fit(checkpoint.step if checkpoint else 0)
+        except torch.OutOfMemoryError as error:
+            raise _out_of_memory(run, error) from error
+        finally:
+            parts.metrics.close()
+        write_outputs(config, run, model, parts.average, model_files)
+    return run
+
+
+def write_outputs(
+    config: RunConfig, run: Path, model: TrainedModel, average: MovingAverage | None, model_files: ModelFiles
+) -> None:
+    """What people take away: the adapter in the formats asked for, or the trained transformer; of the average if any."""
+    with average.in_use() if average else nullcontext():
+        if config.lora is None:
+            save_transformer(model.transformer, run / "transformer", "diffusers")
+            return
+        state = adapter_state(model.transformer)
+    described = adapter_metadata(config, model_files)
+    save_adapter(run / ADAPTER, state, config.lora.alpha, "comfyui", described)
+    for form in config.output.formats:
+        if form != "comfyui":
+            save_adapter(run / f"adapter-{form}.safetensors", state, config.lora.alpha, form, described)
+
+
+def adapter_metadata(config: RunConfig, model_files: ModelFiles) -> dict[str, str]:
+    """What an adapter's file says of how it was made."""
+    return {
+        "longtake.version": version("longtake"),
+        "longtake.model": model_files.variant.name,
+        "longtake.expert": config.model.expert,
+        "longtake.num_frames": str(config.data.num_frames),
+        "longtake.steps": str(config.training.steps),
+    }
+
+
+@contextmanager
+def _gauge(device: torch.device) -> Iterator[MemoryGauge]:
+    gauge = MemoryGauge(device)
+    try:
+        yield gauge
+    finally:
+        gauge.close()
+
+
+def _budget(config: RunConfig, gauge: MemoryGauge, device: torch.device, reporter: Reporter) -> None:
+    """Says what may be used; CUDA's allocator is held to a budget that is given."""
+    reporter.line(gauge.device_line())
+    free = gauge.free_bytes()
+    wanted = free if config.memory.budget == "auto" else parse_bytes(config.memory.budget, "memory.budget")
+    if wanted > free:
+        remedy = "lower it or end other processes"
+        what = f"the budget is {format_bytes(wanted)} and only {format_bytes(free)} are free"
+        raise ConfigError(Problem(what, "memory.budget", remedy))
+    if config.memory.budget != "auto" and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(wanted / total, device)
+    reporter.line(f"budget: {format_bytes(wanted)}")
+
+
+def _parts(
+    config: RunConfig,
+    run: Path,
+    model: TrainedModel,
+    sampler: BucketSampler,
+    validation: Validation,
+    first_step: int,
+    gauge: MemoryGauge,
+    reporter: Reporter,
+) -> Parts:
+    training = config.training
+    device = validation.device
+    optimizer = build_optimizer(model.parameters, training)
+    fp16 = training.precision == "fp16"
+    return Parts(
+        config=config,
+        run=run,
+        model=model,
+        optimizer=optimizer,
+        backend=SingleDevice([*model.parameters.values()], optimizer, device, fp16),
+        average=MovingAverage(model.parameters, training.ema) if training.ema else None,
+        sampler=sampler,
+        reader=validation.reader,
+        validation=validation,
+        metrics=Metrics(run, first_step, config.output.wandb, config.model_dump()),
+        gauge=gauge,
+        device=device,
+        reporter=reporter,
+    )
+
+
+def _out_of_memory(run: Path, error: torch.OutOfMemoryError) -> RunError:
+    what = f"the device ran out of memory ({str(error).splitlines()[0]})"
+    remedy = (
+        "use fewer data.num_frames, a smaller training.micro_batch_size or memory.activation_offload, then --resume"
+    )
+    return RunError(Problem(what, str(run), remedy))

@@ -1,0 +1,65 @@
+"""The folder of a run: made once, continued only when asked, used by one process at a time."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from longtake import files
+from longtake.config.dump import to_toml
+from longtake.config.load import changed_keys, load_config
+from longtake.config.schema import RunConfig
+from longtake.errors import ConfigError, Problem
+
+CONFIG = "config.toml"
+FREE_TO_CHANGE = ("output.", "validation.", "memory.", "training.steps", "training.micro_batch_size", "data.cache")
+"""Keys that a resumed run may change: they do not decide what a step computes, but for `steps`, which is said."""
+
+
+@contextmanager
+def open_run(config: RunConfig, resume: bool, say: Callable[[str], None]) -> Iterator[Path]:
+    """The run's folder, held against other processes, with the resolved config in it.
+
+    Raises ConfigError where the folder is there without `resume`, is in use, or was made by another config.
+    """
+    run = Path(config.output.run)
+    stored = run / CONFIG
+    if run.exists() and any(run.iterdir()) and not resume:
+        remedy = "add --resume to continue it, or set another output.run"
+        raise ConfigError(Problem("the run folder is not empty", str(run), remedy))
+    if resume and not stored.is_file():
+        raise ConfigError(Problem("there is no run to resume", str(run), "leave out --resume"))
+    if resume:
+        _compare(load_config(stored), config, say)
+    run.mkdir(parents=True, exist_ok=True)
+    with _held(run):
+        files.remove_staged(run)
+        files.write_text(stored, to_toml(config))
+        yield run
+
+
+def _compare(before: RunConfig, after: RunConfig, say: Callable[[str], None]) -> None:
+    problems = []
+    for key, (old, new) in changed_keys(before, after).items():
+        if key.startswith(FREE_TO_CHANGE):
+            say(f"resumed with another {key}: {new!r} instead of {old!r}")
+        else:
+            remedy = "start a new run with it, or change it back"
+            problems.append(Problem(f"the run was started with {old!r}, not {new!r}", key, remedy))
+    if problems:
+        raise ConfigError(problems)
+
+
+@contextmanager
+def _held(run: Path) -> Iterator[None]:
+    if os.name == "nt":  # no flock there; two runs in one folder are then the user's to avoid
+        yield
+        return
+    import fcntl
+
+    with (run / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(Problem("another process trains in this folder", str(run), "wait for it")) from None
+        yield

@@ -1,0 +1,208 @@
+"""The training loop: one global batch a step, from the cache to a checkpoint, the same after every interruption."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longtake.config.schema import RunConfig
+from longtake.data.loader import BucketSampler, EntryReader, Prefetcher
+from longtake.distributed.backend import Backend
+from longtake.errors import Problem, RunError
+from longtake.progress import Advance, Reporter
+from longtake.training.batch import Sample, collate, read_sample, summed_loss
+from longtake.training.checkpoint import Checkpoint, save_checkpoint
+from longtake.training.flow_matching import generator_for
+from longtake.training.interrupt import StopRequest
+from longtake.training.memory_gauge import MemoryGauge
+from longtake.training.metrics import Metrics
+from longtake.training.model import TrainedModel
+from longtake.training.optimizer import MovingAverage, learning_rate, load_optimizer_tensors, optimizer_tensors
+from longtake.training.precision import compute_in
+from longtake.training.validation import Validation
+from longtake.units import format_bytes
+
+MOST_SKIPPED = 3
+"""Updates in a row that may be skipped for a loss or gradient that is not finite."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of; each part is usable on its own."""
+
+    config: RunConfig
+    run: Path
+    model: TrainedModel
+    optimizer: torch.optim.Optimizer
+    backend: Backend
+    average: MovingAverage | None
+    sampler: BucketSampler
+    reader: EntryReader
+    validation: Validation
+    metrics: Metrics
+    gauge: MemoryGauge
+    device: torch.device
+    reporter: Reporter
+
+
+class Trainer:
+    """Runs the steps of `parts` from `first_step` on; a step counts once its update is made."""
+
+    def __init__(self, parts: Parts, stop: StopRequest) -> None:
+        self.parts = parts
+        self.stop = stop
+        self.skipped_in_row = 0
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Puts weights, optimiser, average and scaler back; raises RunError where the checkpoint is of another model."""
+        parts = self.parts
+        parameters = parts.model.parameters
+        if checkpoint.trained.keys() != parameters.keys():
+            raise RunError(Problem("the checkpoint holds other parameters than the run trains", str(parts.run)))
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(checkpoint.trained[name])
+        load_optimizer_tensors(parts.optimizer, parameters, checkpoint.optimizer)
+        if parts.average is not None:
+            for name, average in parts.average.averages.items():
+                average.copy_(checkpoint.ema[name])
+        parts.backend.load_state(checkpoint.state["backend"])
+
+    def fit(self, first_step: int) -> None:
+        """Trains to the last step, saving and validating on the way.
+
+        Raises RunError where a signal stopped the run (after saving), or three updates in a row were not finite.
+        """
+        parts, training = self.parts, self.parts.config.training
+        loader = Prefetcher(self._read, training.steps)
+        if first_step == 0:
+            self._validate(0)
+        with parts.reporter.bar("training", training.steps, "steps", first_step) as advance:
+            for step, samples in loader.steps(first_step):
+                self._show(self._step(step, samples), advance)
+                done = step + 1
+                last = done == training.steps
+                if last or self.stop.signal or done % parts.config.output.save_every == 0:
+                    self.save(done)
+                if self.stop.signal:
+                    what = f"stopped by {self.stop.signal} after step {done}, which is saved"
+                    raise RunError(Problem(what, str(parts.run), "continue with --resume"))
+                if last or done % parts.config.validation.every == 0:
+                    self._validate(done)
+
+    def save(self, step: int) -> None:
+        """Writes the checkpoint after `step` updates."""
+        parts = self.parts
+        parameters = parts.model.parameters
+        checkpoint = Checkpoint(
+            step=step,
+            trained=parameters,
+            optimizer=optimizer_tensors(parts.optimizer, parameters),
+            ema=parts.average.averages if parts.average else {},
+            state={"backend": parts.backend.state()},
+        )
+        save_checkpoint(parts.run, checkpoint, parts.config.output.keep)
+
+    def _read(self, step: int) -> list[Sample]:
+        parts = self.parts
+        training, dropout = parts.config.training, parts.config.data.caption_dropout
+        visits = parts.sampler.batch(step)
+        return [read_sample(visit, parts.reader, training, dropout, parts.model.sigma_range) for visit in visits]
+
+    def _step(self, step: int, samples: Sequence[Sample]) -> dict[str, Any]:
+        """One optimiser step; returns its line of metrics."""
+        parts, training = self.parts, self.parts.config.training
+        started = time.perf_counter()
+        rate = learning_rate(step, training)
+        for group in parts.optimizer.param_groups:
+            group["lr"] = rate
+        loss = self._accumulate(samples)
+        norm = parts.backend.clip(training.clip_norm)
+        skip = not (math.isfinite(loss) and math.isfinite(norm))
+        parts.backend.step(skip)
+        if not skip and parts.average is not None:
+            parts.average.update()
+        seconds = time.perf_counter() - started
+        frames, height, width = samples[0].visit.entry.bucket
+        tokens = len(samples) * parts.model.spec.tokens(frames, height, width)
+        memory = parts.gauge.read()
+        line: dict[str, Any] = {
+            "loss": loss,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "step_seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "device_peak_bytes": memory.device_peak_bytes,
+            "host_peak_bytes": memory.host_peak_bytes,
+            "planned_peak_bytes": None,
+            "device_bytes": memory.device_bytes,
+            "driver_peak_bytes": memory.driver_peak_bytes,
+            "num_frames": frames,
+            **parts.backend.state(),
+        }
+        if skip:
+            line |= {"loss": None, "grad_norm": None, "skipped": [sample.visit.key for sample in samples]}
+        parts.metrics.write(step + 1, line)
+        self._count_skips(step, skip)
+        return line | {"step": step + 1}
+
+    def _accumulate(self, samples: Sequence[Sample]) -> float:
+        """Backward over the micro-batches; the loss is the mean over the whole global batch."""
+        parts, training = self.parts, self.parts.config.training
+        model, size = parts.model, training.micro_batch_size
+        total = torch.zeros((), device=parts.device)
+        for first in range(0, len(samples), size):
+            chosen = samples[first : first + size]
+            batch = collate(chosen, model.spec, training, parts.device)
+            # LoRA's dropout draws from the global generator: give it a state that is a function of the visit
+            torch.manual_seed(generator_for(f"dropout:{training.seed}:{chosen[0].visit.key}").initial_seed())
+            with compute_in(model.transformer, model.spec, training.precision, parts.device):
+                loss = summed_loss(model.transformer, model.spec, batch) / training.global_batch_size
+            parts.backend.backward(loss)
+            total += loss.detach()
+        return float(total)
+
+    def _count_skips(self, step: int, skip: bool) -> None:
+        """An overflow under fp16 is how the scale is found; elsewhere three in a row end the run."""
+        parts = self.parts
+        if not skip:
+            self.skipped_in_row = 0
+            return
+        self.skipped_in_row += 1
+        parts.reporter.line(f"step {step + 1}: loss or gradient is not finite; the update is skipped")
+        most = MOST_SKIPPED if parts.config.training.precision != "fp16" else 30
+        if self.skipped_in_row >= most:
+            what = f"{most} updates in a row had a loss or gradient that is not finite, the last at step {step + 1}"
+            remedy = "lower training.learning_rate, and continue with --resume from the last checkpoint"
+            raise RunError(Problem(what, str(parts.run), remedy))
+
+    def _validate(self, step: int) -> None:
+        parts = self.parts
+        validation, model = parts.validation, parts.model
+        if not validation.entries and not parts.config.validation.samples:
+            return
+        if parts.average is not None:
+            with parts.average.in_use():
+                self._look(step)
+        else:
+            self._look(step)
+        model.transformer.train()
+
+    def _look(self, step: int) -> None:
+        parts = self.parts
+        if parts.validation.entries:
+            loss = parts.validation.loss(parts.model)
+            parts.metrics.write(step, {"validation_loss": loss})
+            parts.reporter.line(f"step {step}: validation loss {loss:.4f}")
+        for path in parts.validation.sample(parts.model, step, parts.run / "samples"):
+            parts.reporter.line(f"step {step}: sample {path}")
+
+    def _show(self, line: dict[str, Any], advance: Advance) -> None:
+        loss = "skipped" if line["loss"] is None else f"{line['loss']:.4f}"
+        memory = f"{format_bytes(line['device_bytes'])} (peak {format_bytes(line['device_peak_bytes'])})"
+        host = f"host peak {format_bytes(line['host_peak_bytes'])}"
+        advance(line["step"], f"loss {loss}  {line['tokens_per_second']:.0f} tokens/s  {memory}  {host}")

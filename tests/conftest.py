@@ -1,0 +1,53 @@
+"""What every test runs under: one thread, no hub, a fixed seed, checked types, and tiny random models made once."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from checked_types import CheckedFinder
+
+# Before the first import of torch, and for every process that a test starts: sums in one order, no network.
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
+if os.environ.get("LONGTAKE_TYPECHECK", "1") == "1":
+    sys.meta_path.insert(0, CheckedFinder())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests marked `gpu` where there is no CUDA device."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Each test starts from the same random state, whichever tests ran before it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tiny_root("tiny-i2v")` is the diffusers folder of that tiny model with random weights, to be read only."""
+    built: dict[str, Path] = {}
+
+    def root(name: str) -> Path:
+        from longtake.models.wan.tiny import build_tiny
+
+        if name not in built:
+            folder = tmp_path_factory.mktemp("models") / name
+            build_tiny(name, folder, 0)
+            built[name] = folder
+        return built[name]
+
+    return root

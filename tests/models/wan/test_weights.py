@@ -1,0 +1,305 @@
+"""Loading and saving of the transformer: equal to diffusers' own, streamed, and refused where it cannot work."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import save_file
+from torch import Tensor
+
+from checkpoints import original_shapes, write_pipeline, write_sparse
+from longtake.config.schema import ModelConfig
+from longtake.errors import ModelError
+from longtake.models.wan.keys import to_original
+from longtake.models.wan.variants import KEEP_FP32, variant
+from longtake.models.wan.weights import ModelFiles, load_transformer, locate, save_transformer
+
+CPU = torch.device("cpu")
+NAMES = ("tiny-t2v", "tiny-i2v", "tiny-flf2v", "tiny-ti2v")
+every_variant = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture(scope="module")
+def random_transformer() -> Callable[[str], WanTransformer3DModel]:
+    """Diffusers' class with every parameter random, those that start as zeros or ones too; made once a variant."""
+    made: dict[str, WanTransformer3DModel] = {}
+
+    def make(name: str) -> WanTransformer3DModel:
+        if name not in made:
+            torch.manual_seed(NAMES.index(name))
+            made[name] = WanTransformer3DModel(**variant(name).transformer_config).eval()
+            for parameter in made[name].parameters():
+                torch.nn.init.normal_(parameter, std=0.1)
+        return made[name]
+
+    return make
+
+
+def write_original(path: Path, model: WanTransformer3DModel, prefix: str = "", shards: int = 1) -> Path:
+    state = {prefix + to_original(name): tensor for name, tensor in model.state_dict().items()}
+    if shards == 1:
+        save_file(state, path / "model.safetensors")
+        return path / "model.safetensors"
+    names = list(state)
+    for shard in range(shards):
+        part = {name: state[name] for name in names[shard::shards]}
+        save_file(part, path / f"diffusion_pytorch_model-{shard + 1:05}-of-{shards:05}.safetensors")
+    return path
+
+
+def velocity(model: WanTransformer3DModel, name: str) -> Tensor:
+    """Of two clips of 3 x 4 x 4 latents, with the inputs that the variant has; one timestep a token for ti2v."""
+    config, spec = variant(name).transformer_config, variant(name).spec
+    draw = torch.Generator().manual_seed(1)
+    dtype = model.proj_out.weight.dtype
+    latents = torch.randn(2, config["in_channels"], 3, 4, 4, generator=draw).to(dtype)
+    text = torch.randn(2, 512, spec.text_dim, generator=draw).to(dtype)
+    timestep = torch.tensor([[0.0] * 4 + [500.0] * 8, [0.0] * 4 + [20.0] * 8]) if spec.expand_timesteps else None
+    image = torch.randn(2, spec.image_tokens, spec.image_dim, generator=draw).to(dtype) if spec.image_tokens else None
+    if spec.task == "flf2v" and image is not None:
+        image = image.reshape(4, spec.image_tokens // 2, spec.image_dim)
+    with torch.no_grad():
+        moments = timestep if timestep is not None else torch.tensor([900.0, 20.0])
+        return model(latents, moments, text, image, return_dict=False)[0]
+
+
+def load(path: Path, name: str, dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
+    return load_transformer(ModelFiles(variant(name), {"transformer": path}, None), "transformer", dtype, CPU)
+
+
+@every_variant
+@pytest.mark.parametrize(("prefix", "shards"), [("", 1), ("", 3), ("model.diffusion_model.", 1)])
+def test_the_velocity_of_an_original_file_is_bitwise_that_of_diffusers(
+    tmp_path: Path, random_transformer: Callable[[str], WanTransformer3DModel], name: str, prefix: str, shards: int
+) -> None:
+    model = random_transformer(name)
+    loaded = load(write_original(tmp_path, model, prefix, shards), name)
+    assert type(loaded) is WanTransformer3DModel
+    assert torch.equal(velocity(loaded, name), velocity(model, name))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_variant
+def test_in_half_precision_it_is_bitwise_what_from_pretrained_gives(
+    tmp_path: Path, random_transformer: Callable[[str], WanTransformer3DModel], name: str, dtype: torch.dtype
+) -> None:
+    model = random_transformer(name)
+    model.save_pretrained(tmp_path / "transformer", max_shard_size="4MB")
+    theirs = WanTransformer3DModel.from_pretrained(tmp_path / "transformer", torch_dtype=dtype)
+    (tmp_path / "original").mkdir()
+    for path in (tmp_path / "transformer", write_original(tmp_path / "original", model)):
+        ours = load(path, name, dtype)
+        expected = theirs.state_dict()
+        for key, tensor in ours.state_dict().items():
+            assert tensor.dtype == expected[key].dtype == (torch.float32 if is_kept(key) else dtype), key
+            assert torch.equal(tensor, expected[key]), key
+        for (key, tensor), (_, other) in zip(ours.named_buffers(), theirs.named_buffers(), strict=True):
+            assert tensor.dtype == torch.float32
+            assert torch.equal(tensor, other), key
+        assert torch.equal(velocity(ours, name), velocity(theirs.eval(), name))
+
+
+def is_kept(key: str) -> bool:
+    return any(part in KEEP_FP32 for part in key.split("."))
+
+
+def test_the_loaded_weights_are_frozen_and_nothing_is_left_on_meta(
+    tmp_path: Path, random_transformer: Callable[[str], WanTransformer3DModel]
+) -> None:
+    loaded = load(write_original(tmp_path, random_transformer("tiny-t2v")), "tiny-t2v")
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert {tensor.device.type for tensor in (*loaded.parameters(), *loaded.buffers())} == {"cpu"}
+
+
+def test_a_tensor_larger_than_the_staging_buffer_is_converted_whole(
+    tmp_path: Path, random_transformer: Callable[[str], WanTransformer3DModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_transformer("tiny-t2v")
+    path = write_original(tmp_path, model)
+    monkeypatch.setattr("longtake.models.wan.weights._STAGING_BYTES", 1000)
+    loaded = load(path, "tiny-t2v", torch.bfloat16)
+    assert torch.equal(loaded.proj_out.weight, model.proj_out.weight.bfloat16())
+
+
+def test_plain_fp8_is_read_and_fp8_with_scales_is_refused(
+    tmp_path: Path, random_transformer: Callable[[str], WanTransformer3DModel]
+) -> None:
+    model = random_transformer("tiny-t2v")
+    state = {to_original(name): tensor.to(torch.float8_e4m3fn) for name, tensor in model.state_dict().items()}
+    save_file(state, tmp_path / "plain.safetensors")
+    loaded = load(tmp_path / "plain.safetensors", "tiny-t2v", torch.bfloat16)
+    assert torch.equal(loaded.proj_out.weight, model.proj_out.weight.to(torch.float8_e4m3fn).bfloat16())
+    save_file(state | {"blocks.0.self_attn.q.scale_weight": torch.ones(1)}, tmp_path / "scaled.safetensors")
+    with pytest.raises(ModelError, match=r"fp8_e4m3 with scales.*bf16 or fp16 file"):
+        load(tmp_path / "scaled.safetensors", "tiny-t2v", torch.bfloat16)
+
+
+def test_integers_in_place_of_weights_are_refused(tmp_path: Path) -> None:
+    path = write_sparse(tmp_path / "model.safetensors", original_shapes("tiny-t2v"), "I8")
+    with pytest.raises(ModelError, match="of type I8"):
+        load(path, "tiny-t2v")
+
+
+def test_a_file_of_another_variant_lists_what_differs(
+    tmp_path: Path, random_transformer: Callable[[str], WanTransformer3DModel]
+) -> None:
+    path = write_original(tmp_path, random_transformer("tiny-i2v"))
+    with pytest.raises(ModelError) as refused:
+        load(path, "tiny-t2v")
+    superfluous, misshapen = map(str, refused.value.problems)
+    assert "38 tensors are not this transformer's" in superfluous
+    assert "patch_embedding.weight [160, 36, 1, 2, 2] instead of [160, 16, 1, 2, 2]" in misshapen
+
+
+def test_a_folders_config_must_agree_with_the_weights(
+    tmp_path: Path, random_transformer: Callable[[str], WanTransformer3DModel]
+) -> None:
+    random_transformer("tiny-t2v").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"eps": 1e-5}))
+    assert load(tmp_path, "tiny-t2v").config.eps == 1e-5
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 10, "attention_head_dim": 16}))
+    with pytest.raises(ModelError, match="num_attention_heads = 10, attention_head_dim = 16 does not agree"):
+        load(tmp_path, "tiny-t2v")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot be read"):
+        load(tmp_path, "tiny-t2v")
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+@every_variant
+def test_what_is_saved_loads_bitwise_and_replaces_what_was_there(
+    tmp_path: Path, random_transformer: Callable[[str], WanTransformer3DModel], name: str, layout: str
+) -> None:
+    model = random_transformer(name)
+    path = tmp_path / ("transformer" if layout == "diffusers" else "merged.safetensors")
+    for _ in range(2):
+        save_transformer(model, path, layout)  # type: ignore[arg-type]
+    loaded = load(path, name)
+    assert all(torch.equal(tensor, loaded.state_dict()[key]) for key, tensor in model.state_dict().items())
+    assert [item.name for item in tmp_path.iterdir()] == [path.name]
+
+
+def test_saving_over_a_folder_that_is_no_transformer_is_refused(
+    tmp_path: Path, random_transformer: Callable[[str], WanTransformer3DModel]
+) -> None:
+    (tmp_path / "keep.txt").write_text("mine")
+    with pytest.raises(ModelError, match="no transformer"):
+        save_transformer(random_transformer("tiny-t2v"), tmp_path, "diffusers")
+    assert (tmp_path / "keep.txt").read_text() == "mine"
+
+
+CHILD = """
+import sys
+from pathlib import Path
+import torch
+from longtake.models.wan import weights
+from longtake.models.wan.variants import variant
+
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+files = weights.ModelFiles(variant("wan2.1-t2v-1.3b"), {"transformer": Path(sys.argv[1])}, None)
+before = peak()
+model = weights.load_transformer(files, "transformer", torch.bfloat16, torch.device("cpu"))
+final = sum(parameter.nbytes for parameter in model.parameters())
+print(final, peak() - before - final)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_host_memory_beyond_the_final_weights_stays_small(tmp_path: Path, dtype: str) -> None:
+    path = write_sparse(tmp_path / "model.safetensors", original_shapes("wan2.1-t2v-1.3b"), dtype)
+    limits = os.environ | {"MALLOC_ARENA_MAX": "1"}
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, str(path)], capture_output=True, text=True, check=True, env=limits
+    )
+    final, extra = map(int, child.stdout.split())
+    assert final > 2.8e9
+    assert extra < 100 * 2**20
+
+
+def no_bundle(name: str) -> Path:
+    raise AssertionError(f"{name} is not bundled")
+
+
+def ignore(line: str) -> None:
+    """A report that goes nowhere."""
+
+
+def test_a_tiny_name_gives_the_bundled_folder(tmp_path: Path) -> None:
+    (tmp_path / "vae").mkdir()
+    root = write_pipeline(tmp_path, "tiny-i2v")
+    files = locate(ModelConfig(name="tiny-i2v"), lambda name: root, ignore)
+    assert files == ModelFiles(variant("tiny-i2v"), {"transformer": root / "transformer"}, root)
+
+
+def test_a_path_of_a_transformer_takes_its_components_from_elsewhere(tmp_path: Path) -> None:
+    path = write_sparse(tmp_path / "model.safetensors", original_shapes("wan2.1-t2v-14b"))
+    root = tmp_path / "root"
+    (root / "vae").mkdir(parents=True)
+    config = ModelConfig(path=str(path), name="wan2.1-t2v-14b", components=str(root))
+    assert locate(config, no_bundle, ignore) == ModelFiles(variant("wan2.1-t2v-14b"), {"transformer": path}, root)
+    alone = ModelConfig(path=str(path), name="wan2.1-t2v-14b")
+    assert locate(alone, no_bundle, ignore).root is None
+
+
+def test_the_components_of_a_tiny_variant_are_bundled(tmp_path: Path) -> None:
+    (tmp_path / "vae").mkdir()
+    path = write_sparse(tmp_path / "model.safetensors", original_shapes("tiny-t2v"))
+    config = ModelConfig(path=str(path), components="tiny-t2v")
+    assert locate(config, lambda name: tmp_path, ignore).root == tmp_path
+
+
+@pytest.mark.parametrize(("expert", "component"), [("high", "transformer"), ("low", "transformer_2")])
+def test_the_config_says_which_expert_a_single_file_is(tmp_path: Path, expert: str, component: str) -> None:
+    path = write_sparse(tmp_path / "model.safetensors", original_shapes("wan2.2-i2v-a14b"))
+    config = ModelConfig.model_validate({"path": str(path), "expert": expert})
+    assert locate(config, no_bundle, ignore).transformers == {component: path}
+    with pytest.raises(ModelError, match=r"does not tell which.*model\.expert"):
+        locate(ModelConfig(path=str(path)), no_bundle, ignore)
+
+
+def test_a_root_of_two_experts_gives_both(tmp_path: Path) -> None:
+    root = write_pipeline(tmp_path, "wan2.2-i2v-a14b")
+    files = locate(ModelConfig(path=str(root)), no_bundle, ignore)
+    assert files.transformers == {name: root / name for name in ("transformer", "transformer_2")}
+    assert files.root == root
+
+
+def test_loading_an_expert_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    files = ModelFiles(variant("wan2.2-i2v-a14b"), {"transformer_2": tmp_path}, None)
+    with pytest.raises(ModelError, match="has no transformer here, only transformer_2"):
+        load_transformer(files, "transformer", torch.bfloat16, CPU)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"path": "/nowhere/model.safetensors"}, r"model\.path: there is no"),
+        ({"name": "wan2.1-t2v"}, r"no model called 'wan2\.1-t2v'.*wan2\.1-t2v-1\.3b"),
+        ({"name": "tests/models"}, r"is a path; write it as model\.path"),
+        ({"path": "{file}", "components": "nowhere"}, r"model\.components: there is no"),
+        ({"path": "{file}", "components": "{folder}"}, r"model\.components: .*has no folder vae"),
+        ({"path": "{folder}/weights.pth"}, "pickle"),
+    ],
+)
+def test_a_model_that_cannot_be_found_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, str], message: str
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[3])
+    file = write_sparse(tmp_path / "model.safetensors", original_shapes("tiny-t2v"))
+    (tmp_path / "weights.pth").write_bytes(b"PK\x03\x04" + bytes(100))
+    filled = {key: value.format(file=file, folder=tmp_path) for key, value in config.items()}
+    with pytest.raises(ModelError, match=message) as refused:
+        locate(ModelConfig.model_validate(filled), no_bundle, ignore)
+    assert len(str(refused.value).splitlines()) == 1
