@@ -1,9 +1,10 @@
 """Trains the bundled tiny AutoencoderKLWan on Big Buck Bunny and reports its PSNR on unseen shots.
 
-    python scripts/train_tiny_vae.py --film bbb.mp4 --out build/tiny/vae --minutes 60
+    python scripts/train_tiny_vae.py --film bbb.mp4 --out build/tiny/vae --minutes 62 --refine-minutes 30
 
 Trained on the windows of `shots.jsonl` except the unseen ones, and on seconds 130-350 of the film. Single frames
-come first (they train the spatial part several times faster), then clips of 5 and 9 frames.
+come first (they train the spatial part several times faster), then clips of 5 and 9 frames. At the end the decoder
+alone is trained on, at the size of the demo, which leaves the latents as they are.
 """
 
 import argparse
@@ -21,8 +22,9 @@ from diffusers import AutoencoderKLWan
 from torch.nn import functional
 
 FPS = 16
-STORED = (90, 160)
 SIZE = (64, 112)
+FULL_VIEW = (90, 160)
+DEMO_VIEW = (96, 171)
 UNSEEN_STARTS = (36.0, 84.5, 382.0, 446.5)
 EXTRA_SECONDS = (130.0, 350.0)
 SHOTS = Path(__file__).parents[1] / "src/longtake/demo/shots.jsonl"
@@ -61,55 +63,57 @@ def decode(film: Path, start: float, end: float, size: tuple[int, int]) -> torch
 
 
 class Clips:
-    """Random augmented clips out of decoded runs of frames."""
+    """Random augmented clips out of decoded runs of frames; `zooming` draws them between the full view and 1:1."""
 
-    def __init__(self, runs: list[torch.Tensor], seed: int) -> None:
+    def __init__(self, runs: list[torch.Tensor], seed: int, zooming: bool) -> None:
         self.runs = runs
         self.weights = [len(run) for run in runs]
         self.random = random.Random(seed)
+        self.zooming = zooming
 
     def draw(self, batch: int, num_frames: int) -> torch.Tensor:
-        """[batch, 3, num_frames, 64, 112] in [-1, 1], randomly cropped between full view and 1:1, flipped half the time."""
+        """[batch, 3, num_frames, 64, 112] in [-1, 1], flipped half the time."""
         return torch.stack([self._clip(num_frames) for _ in range(batch)])
 
     def _clip(self, num_frames: int) -> torch.Tensor:
         run = self.random.choices(self.runs, self.weights)[0]
         first = self.random.randrange(len(run) - num_frames + 1)
         clip = run[first : first + num_frames].float() / 127.5 - 1
-        scale = self.random.choice([STORED[0] / SIZE[0], self.random.uniform(1, STORED[0] / SIZE[0])])
-        height, width = round(SIZE[0] * scale), min(STORED[1], round(SIZE[1] * scale))
-        top, left = self.random.randint(0, STORED[0] - height), self.random.randint(0, STORED[1] - width)
+        full = clip.shape[-2] / SIZE[0]
+        scale = self.random.choice([full, self.random.uniform(1, full)]) if self.zooming else 1.0
+        height, width = round(SIZE[0] * scale), min(clip.shape[-1], round(SIZE[1] * scale))
+        top = self.random.randint(0, clip.shape[-2] - height)
+        left = self.random.randint(0, clip.shape[-1] - width)
         clip = clip[:, :, top : top + height, left : left + width]
         clip = functional.interpolate(clip, SIZE, mode="bilinear", antialias=True, align_corners=False)
         return (clip.flip(-1) if self.random.random() < 0.5 else clip).permute(1, 0, 2, 3)
 
 
-def train(clips: Clips, unseen: list[torch.Tensor], minutes: float, out: Path) -> AutoencoderKLWan:
-    vae = AutoencoderKLWan(**CONFIG)
+def train(
+    vae: AutoencoderKLWan, clips: Clips, unseen: list[torch.Tensor], minutes: float, peak: float, out: Path
+) -> None:
+    """Trains what requires a gradient for `minutes`; `vae` then holds the moving average of its weights."""
     average = copy.deepcopy(vae).requires_grad_(False)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-4)
+    trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.99), weight_decay=1e-4)
     started, step, report = time.time(), 0, time.time()
     while (done := (time.time() - started) / (minutes * 60)) < 1:
-        optimizer.param_groups[0]["lr"] = (
-            1.5e-3 * min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
-        )
-        batch, num_frames = schedule(done, step)
-        loss, error = step_loss(vae, clips.draw(batch, num_frames))
+        cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
+        optimizer.param_groups[0]["lr"] = peak * min(1, (step + 1) / 200) * cosine
+        loss, error = step_loss(vae, clips.draw(*schedule(done if clips.zooming else 1.0, step)))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
         decay = min(0.998, (step + 1) / (step + 20))
-        torch._foreach_lerp_(list(average.parameters()), list(vae.parameters()), 1 - decay)
+        torch._foreach_lerp_([*average.parameters()], [*vae.parameters()], 1 - decay)
         if time.time() - report > 180:
             report = time.time()
-            print(
-                f"step {step} {100 * done:.0f} % train {-10 * math.log10(error / 4):.2f} dB unseen {psnr(average, unseen, 17):.2f} dB",
-                flush=True,
-            )
+            seen, held = -10 * math.log10(error / 4), psnr(average, unseen, 17)
+            print(f"step {step} {100 * done:.0f} % train {seen:.2f} dB unseen {held:.2f} dB", flush=True)
             average.save_pretrained(out)
-    return average
+    vae.load_state_dict(average.state_dict())
 
 
 def schedule(done: float, step: int) -> tuple[int, int]:
@@ -120,51 +124,72 @@ def schedule(done: float, step: int) -> tuple[int, int]:
 
 
 def step_loss(vae: AutoencoderKLWan, video: torch.Tensor) -> tuple[torch.Tensor, float]:
+    joint = next(vae.encoder.parameters()).requires_grad
     with torch.autocast("cpu", torch.bfloat16):
-        posterior = vae.encode(video).latent_dist
-        reconstruction = vae.decode(posterior.sample()).sample
+        with torch.set_grad_enabled(joint):
+            posterior = vae.encode(video).latent_dist
+        reconstruction = vae.decode(posterior.sample() if joint else posterior.mean).sample
     residual = reconstruction.float() - video
     error = residual.square().mean()
-    return error + 0.05 * residual.abs().mean() + 1e-6 * posterior.kl().mean() / video.shape[2], float(error.detach())
+    divergence = 1e-6 * posterior.kl().mean() / video.shape[2]
+    return error + 0.05 * residual.abs().mean() + divergence, float(error.detach())
 
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKLWan, runs: list[torch.Tensor], num_frames: int) -> float:
-    """Mean over shots of the PSNR (dB) of the first `num_frames` frames, posterior mean, values in [0, 255]."""
+    """Mean over shots and frames of each frame's PSNR (dB), posterior mean, values in [0, 255]."""
     values = []
     for run in runs:
         video = (run[:num_frames].float() / 127.5 - 1).permute(1, 0, 2, 3)[None]
         reconstruction = vae.decode(vae.encode(video).latent_dist.mean).sample.clamp(-1, 1)
-        values.append(-10 * math.log10((reconstruction - video).square().mean().item() / 4))
+        values.append(-10 * torch.log10((reconstruction - video).square().mean((0, 1, 3, 4)) / 4).mean().item())
     return sum(values) / len(values)
 
 
 @torch.no_grad()
-def latent_statistics(vae: AutoencoderKLWan, clips: Clips) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each latent channel over random training clips of 17 frames."""
+def set_latent_statistics(vae: AutoencoderKLWan, clips: Clips) -> None:
+    """Puts mean and standard deviation of each latent channel over training clips of 17 frames into the config."""
     latents = torch.cat([vae.encode(clips.draw(1, 17)).latent_dist.mean for _ in range(64)])
-    return latents.mean((0, 2, 3, 4)).tolist(), latents.std((0, 2, 3, 4)).tolist()
+    mean, std = latents.mean((0, 2, 3, 4)).tolist(), latents.std((0, 2, 3, 4)).tolist()
+    vae.register_to_config(latents_mean=mean, latents_std=std)
+
+
+def refine_decoder(vae: AutoencoderKLWan, clips: Clips, unseen: list[torch.Tensor], minutes: float, out: Path) -> None:
+    """Trains the decoder alone, so that latents that were cached before stay right."""
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    train(vae, clips, unseen, minutes, 5e-4, out)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--film", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--start", type=Path, help="a VAE to refine, instead of training one first")
+    parser.add_argument("--minutes", type=float, default=62)
+    parser.add_argument("--refine-minutes", type=float, default=30)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
-    clips = Clips([decode(arguments.film, *span, STORED) for span in spans(unseen=False)], arguments.seed)
-    unseen = [decode(arguments.film, *span, (64, 114))[..., 1:113] for span in spans(unseen=True)]
-    vae = train(clips, unseen, arguments.minutes, arguments.out)
-    mean, std = latent_statistics(vae, clips)
-    vae.register_to_config(latents_mean=mean, latents_std=std)
+
+    def runs(view: tuple[int, int]) -> list[torch.Tensor]:
+        return [decode(arguments.film, *span, view) for span in spans(unseen=False)]
+
+    unseen = [decode(arguments.film, *span, DEMO_VIEW)[..., 5:165] for span in spans(unseen=True)]
+    if arguments.start:
+        vae = AutoencoderKLWan.from_pretrained(arguments.start, torch_dtype=torch.float32)
+    else:
+        vae = AutoencoderKLWan(**CONFIG)
+        clips = Clips(runs(FULL_VIEW), arguments.seed, zooming=True)
+        train(vae, clips, unseen, arguments.minutes, 1.5e-3, arguments.out)
+        set_latent_statistics(vae, clips)
+    vae.save_pretrained(arguments.out)
+    if arguments.refine_minutes:
+        clips = Clips(runs(DEMO_VIEW), arguments.seed, zooming=False)
+        refine_decoder(vae, clips, unseen, arguments.refine_minutes, arguments.out)
     vae.to(torch.bfloat16).save_pretrained(arguments.out)
     vae.float()
-    print(
-        f"unseen shots: {psnr(vae, unseen, 17):.2f} dB over 17 frames, {psnr(vae, unseen, 81):.2f} dB over 81 frames",
-        flush=True,
-    )
+    print(f"unseen shots: {psnr(vae, unseen, 17):.2f} dB over 17 frames, {psnr(vae, unseen, 81):.2f} dB over 81 frames")
 
 
 if __name__ == "__main__":

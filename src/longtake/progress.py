@@ -21,7 +21,7 @@ class Reporter:
     """Says what goes on, on stderr, so that stdout stays for results."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.console = Console(file=sys.stderr, quiet=quiet, highlight=False, soft_wrap=True)
+        self.console = Console(file=sys.stderr, quiet=quiet, highlight=False, emoji=False, soft_wrap=True)
 
     def line(self, text: str) -> None:
         """One line."""

@@ -1,6 +1,7 @@
 """Bytes and seconds, in and out: `24GiB` to an int, an int to `24.0 GiB`."""
 
 import re
+from fractions import Fraction
 
 from longtake.errors import ConfigError, Problem
 
@@ -15,7 +16,7 @@ _FACTORS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
-_PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]I?B|B)\s*", re.IGNORECASE)
+_PATTERN = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([KMGT]I?B|B)\s*", re.IGNORECASE | re.ASCII)
 
 
 def parse_bytes(text: str, where: str = "") -> int:
@@ -25,14 +26,15 @@ def parse_bytes(text: str, where: str = "") -> int:
         raise ConfigError(
             Problem(f"cannot read {text!r} as a size", where, "write a number with a unit, for example 24GiB")
         )
-    return int(float(match[1]) * _FACTORS[match[2].upper()])
+    return int(Fraction(match[1]) * _FACTORS[match[2].upper()])
 
 
 def format_bytes(count: float) -> str:
     """`count` bytes in the largest binary unit that leaves at least 1, one decimal."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        shown = f"{count:.0f}" if unit == "B" else f"{count:.1f}"
+        if abs(float(shown)) < 1024:
+            return f"{shown} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
 

@@ -65,7 +65,7 @@ def _batch(training: TrainingConfig, world_size: int) -> Iterator[Problem]:
     lower = training.global_batch_size // unit * unit
     nearest = [value for value in (lower, lower + unit) if value]
     yield Problem(
-        f"{training.global_batch_size} is no multiple of {world_size} ranks x {training.micro_batch_size} a micro-batch",
+        f"{training.global_batch_size} is no multiple of {world_size} ranks x micro-batch {training.micro_batch_size}",
         "training.global_batch_size",
         f"the nearest that work: {' or '.join(map(str, nearest))}",
     )

@@ -22,10 +22,10 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """[model]: which weights are trained: `name`, or `path`, or both where a file alone cannot tell which variant it is."""
+    """[model]: which weights are trained: `name`, or `path`, or both where a file alone cannot tell the variant."""
 
     name: str = ""
-    """A variant's name (`wan2.1-i2v-14b-480p`, `tiny-i2v`) or a hub id (`owner/name`, `ms://owner/name` for ModelScope)."""
+    """A variant's name (`wan2.1-i2v-14b-480p`, `tiny-i2v`) or a hub id (`owner/name`, ModelScope: `ms://owner/name`)."""
     path: str = ""
     """A diffusers folder, or a single or sharded safetensors file in the original or ComfyUI's layout."""
     components: str = ""
@@ -69,7 +69,7 @@ class LoraConfig(Section):
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """The adapter's output is scaled by alpha / rank."""
     targets: tuple[str, ...] = ("attention", "ffn")
-    """Groups `attention`, `ffn`, `image` (the image branch's `add_k_proj`, `add_v_proj`), or suffixes of module names."""
+    """Groups `attention`, `ffn`, `image` (the image branch's `add_k_proj`, `add_v_proj`), or ends of module names."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Dropout on the adapters' input."""
 

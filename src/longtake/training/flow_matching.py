@@ -16,7 +16,7 @@ from longtake.config.schema import TrainingConfig
 
 @dataclass(frozen=True)
 class Draw:
-    """The random part of one sample: `noise` like the latents (fp32), `sigma` in (0, 1), whether its caption is dropped."""
+    """The random part of one sample: `noise` like the latents (fp32), `sigma` in (0, 1), is its caption dropped."""
 
     noise: Tensor
     sigma: float

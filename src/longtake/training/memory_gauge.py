@@ -28,7 +28,8 @@ class MemoryGauge:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.process = psutil.Process()
-        self.before = _peak_resident() if device.type == "cpu" else 0
+        _forget_peak()
+        self.before = self.process.memory_info().rss if device.type == "cpu" else 0
         self.driver = _Driver(device) if device.type == "cuda" else None
 
     def read(self) -> Memory:
@@ -89,6 +90,12 @@ class _Driver:
         while not self.stopped.wait(1.0):
             self.used_bytes = int(pynvml.nvmlDeviceGetMemoryInfo(self.handle).used)
             self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+
+
+def _forget_peak() -> None:
+    """Starts VmHWM anew from the size now (Linux, `man 5 proc_pid_clear_refs`); elsewhere nothing is to be done."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_resident() -> int:

@@ -15,8 +15,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @contextmanager
 def compute_in(transformer: nn.Module, spec: ModelSpec, precision: Precision, device: torch.device) -> Iterator[None]:
-    """Inside the context the forward pass computes in `precision`, fp32 islands excepted.
+    """Inside the context `transformer` computes in `precision`, fp32 islands excepted; nothing around it does.
 
+    The backward pass belongs inside too: checkpointing computes blocks again there, which must save the same types.
     `spec.keep_fp32` names the islands: without them autocast would embed timesteps in bf16, which tells 294 of 1000
     apart. peft's cast of a LoRA's input to fp32 is switched off, because autocast takes it back at once.
     """
@@ -26,22 +27,22 @@ def compute_in(transformer: nn.Module, spec: ModelSpec, precision: Precision, de
     islands = [module for name, module in transformer.named_modules() if name.split(".")[-1] in spec.keep_fp32]
     casting = [module for module in transformer.modules() if getattr(module, "cast_input_dtype_enabled", False)]
     for module in islands:
-        module.forward = _outside_autocast(module.forward, device.type)
+        module.forward = _under(module.forward, torch.autocast(device.type, enabled=False))
     for module in casting:
         module.cast_input_dtype_enabled = False  # type: ignore[assignment]  # an attribute of peft's layers
+    transformer.forward = _under(transformer.forward, torch.autocast(device.type, DTYPES[precision]))
     try:
-        with torch.autocast(device.type, DTYPES[precision]):
-            yield
+        yield
     finally:
-        for module in islands:
+        for module in (transformer, *islands):
             del module.forward
         for module in casting:
             module.cast_input_dtype_enabled = True  # type: ignore[assignment]
 
 
-def _outside_autocast(forward: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+def _under(forward: Callable[..., Any], autocast: torch.autocast) -> Callable[..., Any]:
     def run(*arguments: Any, **keywords: Any) -> Any:
-        with torch.autocast(device_type, enabled=False):
+        with autocast:
             return forward(*arguments, **keywords)
 
     return run

@@ -28,7 +28,7 @@ from longtake.training.run_folder import CONFIG
 
 @dataclass(frozen=True)
 class Wish:
-    """What the user asks of a sample; `size` is `WIDTHxHEIGHT` or empty, `num_frames` None for the run's or model's own."""
+    """What the user asks of a sample; `size` is `WIDTHxHEIGHT` or empty, `num_frames` None: run's or model's own."""
 
     prompt: str
     negative_prompt: str

@@ -78,7 +78,7 @@ def train(config: RunConfig, resume: bool, reporter: Reporter) -> Path:
 def write_outputs(
     config: RunConfig, run: Path, model: TrainedModel, average: MovingAverage | None, model_files: ModelFiles
 ) -> None:
-    """What people take away: the adapter in the formats asked for, or the trained transformer; of the average if any."""
+    """What people take away: the adapter in each format asked for, or the transformer; of the average if any."""
     with average.in_use() if average else nullcontext():
         if config.lora is None:
             save_transformer(model.transformer, run / "transformer", "diffusers")

@@ -58,7 +58,7 @@ class Trainer:
         self.skipped_in_row = 0
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Puts weights, optimiser, average and scaler back; raises RunError where the checkpoint is of another model."""
+        """Puts weights, optimiser, average and scaler back; raises RunError where it is of another model."""
         parts = self.parts
         parameters = parts.model.parameters
         if checkpoint.trained.keys() != parameters.keys():
@@ -162,7 +162,7 @@ class Trainer:
             torch.manual_seed(generator_for(f"dropout:{training.seed}:{chosen[0].visit.key}").initial_seed())
             with compute_in(model.transformer, model.spec, training.precision, parts.device):
                 loss = summed_loss(model.transformer, model.spec, batch) / training.global_batch_size
-            parts.backend.backward(loss)
+                parts.backend.backward(loss)
             total += loss.detach()
         return float(total)
 

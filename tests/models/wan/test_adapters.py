@@ -10,7 +10,7 @@ from longtake.models.wan.detection import inspect
 from longtake.models.wan.keys import to_original
 from longtake.models.wan.variants import VARIANTS
 
-MODULES = ("blocks.0.attn1.to_q", "blocks.5.ffn.net.0.proj", "blocks.1.attn2.to_out.0")
+MODULES = ("blocks.0.attn1.to_q", "blocks.1.ffn.net.0.proj", "blocks.1.attn2.to_out.0")
 IMAGE = ("blocks.0.attn2.add_k_proj",)
 
 

@@ -137,7 +137,7 @@ def test_experts_of_two_models_do_not_make_one(tmp_path: Path) -> None:
 
 def test_a_wan_of_unknown_size_is_refused_with_its_shapes(tmp_path: Path) -> None:
     shapes = original_shapes("tiny-t2v") | {"patch_embedding.weight": (160, 20, 1, 2, 2)}
-    with pytest.raises(ModelError, match=r"no Wan model has in_channels 20, out_channels 16, dim 160, num_layers 6"):
+    with pytest.raises(ModelError, match=r"no Wan model has in_channels 20, out_channels 16, dim 160, num_layers \d"):
         detect(write_sparse(tmp_path / "model.safetensors", shapes))
 
 

@@ -1,7 +1,7 @@
 """Loading and saving of the transformer: equal to diffusers' own, streamed, and refused where it cannot work."""
 
 import json
-import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -154,7 +154,8 @@ def test_a_file_of_another_variant_lists_what_differs(
     with pytest.raises(ModelError) as refused:
         load(path, "tiny-t2v")
     superfluous, misshapen = map(str, refused.value.problems)
-    assert "38 tensors are not this transformer's" in superfluous
+    extra = variant("tiny-i2v").parameter_shapes().keys() - variant("tiny-t2v").parameter_shapes().keys()
+    assert f"{len(extra)} tensors are not this transformer's" in superfluous
     assert "patch_embedding.weight [160, 36, 1, 2, 2] instead of [160, 16, 1, 2, 2]" in misshapen
 
 
@@ -196,18 +197,23 @@ def test_saving_over_a_folder_that_is_no_transformer_is_refused(
     assert (tmp_path / "keep.txt").read_text() == "mine"
 
 
+BEYOND_FOUR = re.compile(r"blocks\.(?:[4-9]|\d\d)\.")
 CHILD = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 import torch
 from longtake.models.wan import weights
-from longtake.models.wan.variants import variant
+from longtake.models.wan.variants import VARIANTS, variant
 
 def peak():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
-files = weights.ModelFiles(variant("wan2.1-t2v-1.3b"), {"transformer": Path(sys.argv[1])}, None)
+real = variant("wan2.1-t2v-1.3b")
+shallow = replace(real, name="shallow", transformer_config=real.transformer_config | {"num_layers": 4})
+VARIANTS["shallow"] = shallow
+files = weights.ModelFiles(shallow, {"transformer": Path(sys.argv[1])}, None)
 before = peak()
 model = weights.load_transformer(files, "transformer", torch.bfloat16, torch.device("cpu"))
 final = sum(parameter.nbytes for parameter in model.parameters())
@@ -218,13 +224,12 @@ print(final, peak() - before - final)
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_host_memory_beyond_the_final_weights_stays_small(tmp_path: Path, dtype: str) -> None:
-    path = write_sparse(tmp_path / "model.safetensors", original_shapes("wan2.1-t2v-1.3b"), dtype)
-    limits = os.environ | {"MALLOC_ARENA_MAX": "1"}
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD, str(path)], capture_output=True, text=True, check=True, env=limits
-    )
+    whole = original_shapes("wan2.1-t2v-1.3b")
+    shapes = {name: shape for name, shape in whole.items() if not BEYOND_FOUR.match(name)}
+    path = write_sparse(tmp_path / "model.safetensors", shapes, dtype)
+    child = subprocess.run([sys.executable, "-c", CHILD, str(path)], capture_output=True, text=True, check=True)
     final, extra = map(int, child.stdout.split())
-    assert final > 2.8e9
+    assert final > 400e6
     assert extra < 100 * 2**20
 
 
@@ -303,3 +308,24 @@ def test_a_model_that_cannot_be_found_is_one_line(
     with pytest.raises(ModelError, match=message) as refused:
         locate(ModelConfig.model_validate(filled), no_bundle, ignore)
     assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["wan2.1-i2v-14b-480p", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "wan2.2-t2v-a14b", "someone/finetuned"]
+)
+def test_names_and_hub_ids_are_found_in_the_hubs_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    held = {"wan2.2-t2v-a14b": "wan2.2-t2v-a14b", "someone/finetuned": "wan2.1-t2v-1.3b"}.get(
+        name, "wan2.1-i2v-14b-480p"
+    )
+    repository = tmp_path / f"models--{(name if '/' in name else variant(name).hub_id).replace('/', '--')}"
+    (repository / "snapshots" / "abc" / "vae").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    root = write_pipeline(repository / "snapshots" / "abc", held)
+    lines: list[str] = []
+    files = locate(ModelConfig(name=name), no_bundle, lines.append)
+    assert files == ModelFiles(variant(held), {part: root / part for part in variant(held).spec.experts}, root)
+    assert lines == [f"{repository.name.removeprefix('models--').replace('--', '/')}: offline, using the cache"]

@@ -44,7 +44,7 @@ class WanVariant:
 _WIDE = {"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824}
 _CLIP = {"image_dim": 1280, "added_kv_proj_dim": 5120}
 _I2V = {"in_channels": 36}
-_TINY = {"num_layers": 6, "num_attention_heads": 5, "attention_head_dim": 32, "ffn_dim": 640, "text_dim": 64}
+_TINY = {"num_layers": 4, "num_attention_heads": 5, "attention_head_dim": 32, "ffn_dim": 640, "text_dim": 64}
 _TINY_CLIP = {"image_dim": 64, "added_kv_proj_dim": 160}
 
 
@@ -166,12 +166,12 @@ _ALL = (
         ((1280, 704), 121, 5.0),
         _TI2V,
     ),
-    _variant("tiny-t2v", "t2v", _TINY, (2_760_224, 413_600), "", _TINY_MADE_FOR),
+    _variant("tiny-t2v", "t2v", _TINY, (1_933_024, 413_600), "", _TINY_MADE_FOR),
     _variant(
         "tiny-i2v",
         "i2v",
         _TINY | _I2V | _TINY_CLIP,
-        (3_098_112, 465_280),
+        (2_167_552, 465_280),
         "",
         _TINY_MADE_FOR,
         {"image_tokens": 17, "image_dim": 64},
@@ -180,7 +180,7 @@ _ALL = (
         "tiny-flf2v",
         "flf2v",
         _TINY | _I2V | _TINY_CLIP | {"pos_embed_seq_len": 34},
-        (3_100_288, 465_280),
+        (2_169_728, 465_280),
         "",
         _TINY_MADE_FOR,
         {"image_tokens": 34, "image_dim": 64},
@@ -189,7 +189,7 @@ _ALL = (
         "tiny-ti2v",
         "ti2v",
         _TINY | {"in_channels": 48, "out_channels": 48},
-        (2_801_312, 413_600),
+        (1_974_112, 413_600),
         "",
         ((160, 96), 17, 5.0),
         _TI2V,

@@ -213,18 +213,20 @@ def _read(tensors: Mapping[str, TensorHeader], dtype: torch.dtype, device: torch
     """Every tensor, in the order of the files so that the disk reads ahead."""
     in_order = sorted(tensors.items(), key=lambda item: (str(item[1].file), item[1].start))
     state: dict[str, Tensor] = {}
+    # One for all: a new one for each tensor leaves holes in the heap, hundreds of MiB of them.
+    staging = torch.empty(_STAGING_BYTES, dtype=torch.uint8)
     for path, group in groupby(in_order, key=lambda item: item[1].file):
         with path.open("rb", buffering=0) as file:
             for name, header in group:
                 kept = any(part in KEEP_FP32 for part in name.split("."))
                 final = torch.empty(header.shape, dtype=torch.float32 if kept else dtype, device=device)
-                _read_tensor(file, name, header, final.view(-1))
+                _read_tensor(file, name, header, final.view(-1), staging)
                 state[name] = final
     return state
 
 
-def _read_tensor(file: FileIO, name: str, header: TensorHeader, final: Tensor) -> None:
-    """Fills `final` [values], through a small staging tensor where the dtype or the device differs."""
+def _read_tensor(file: FileIO, name: str, header: TensorHeader, final: Tensor, staging: Tensor) -> None:
+    """Fills `final` [values], through the bytes of `staging` where the dtype or the device differs."""
     source = _TORCH_TYPES.get(header.dtype)
     if source is None:
         raise ModelError(Problem(f"{name} is of type {header.dtype}: a quantised file", str(header.file)))
@@ -232,11 +234,10 @@ def _read_tensor(file: FileIO, name: str, header: TensorHeader, final: Tensor) -
     if final.device.type == "cpu" and final.dtype == source:
         _fill(file, final, header.file)
         return
-    step = _STAGING_BYTES // source.itemsize
-    staging = torch.empty(min(step, final.numel()), dtype=source)
-    for part in final.split(step):
-        _fill(file, staging[: part.numel()], header.file)
-        part.copy_(staging[: part.numel()])
+    values = staging.view(source)
+    for part in final.split(values.numel()):
+        _fill(file, values[: part.numel()], header.file)
+        part.copy_(values[: part.numel()])
 
 
 def _fill(file: FileIO, values: Tensor, path: Path) -> None:
