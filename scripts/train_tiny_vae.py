@@ -1,10 +1,10 @@
 """Trains the bundled tiny AutoencoderKLWan on Big Buck Bunny and reports its PSNR on unseen shots.
 
-    python scripts/train_tiny_vae.py --film bbb.mp4 --out build/tiny/vae --minutes 62 --refine-minutes 30
+    python scripts/train_tiny_vae.py --film bbb.mp4 --out build/tiny/vae
 
 Trained on the windows of `shots.jsonl` except the unseen ones, and on seconds 130-350 of the film. Single frames
-come first (they train the spatial part several times faster), then clips of 5 and 9 frames. At the end the decoder
-alone is trained on, at the size of the demo, which leaves the latents as they are.
+come first (they train the spatial part several times faster), then clips of 5 and 9 frames; then clips as large as
+the demo shows them. At the end the decoder alone is trained on, which leaves the latents as they are.
 """
 
 import argparse
@@ -165,9 +165,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--film", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--start", type=Path, help="a VAE to refine, instead of training one first")
-    parser.add_argument("--minutes", type=float, default=62)
-    parser.add_argument("--refine-minutes", type=float, default=30)
+    parser.add_argument("--start", type=Path, help="a VAE to go on from, instead of the first phase")
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--demo-minutes", type=float, default=24)
+    parser.add_argument("--refine-minutes", type=float, default=24)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
@@ -180,12 +181,15 @@ def main() -> None:
         vae = AutoencoderKLWan.from_pretrained(arguments.start, torch_dtype=torch.float32)
     else:
         vae = AutoencoderKLWan(**CONFIG)
-        clips = Clips(runs(FULL_VIEW), arguments.seed, zooming=True)
-        train(vae, clips, unseen, arguments.minutes, 1.5e-3, arguments.out)
+        full = Clips(runs(FULL_VIEW), arguments.seed, zooming=True)
+        train(vae, full, unseen, arguments.minutes, 1.5e-3, arguments.out)
+    clips = Clips(runs(DEMO_VIEW), arguments.seed, zooming=False)
+    if arguments.demo_minutes:
+        train(vae, clips, unseen, arguments.demo_minutes, 8e-4, arguments.out)
         set_latent_statistics(vae, clips)
-    vae.save_pretrained(arguments.out)
+        vae.to(torch.bfloat16).save_pretrained(arguments.out)
+        vae.float()
     if arguments.refine_minutes:
-        clips = Clips(runs(DEMO_VIEW), arguments.seed, zooming=False)
         refine_decoder(vae, clips, unseen, arguments.refine_minutes, arguments.out)
     vae.to(torch.bfloat16).save_pretrained(arguments.out)
     vae.float()

@@ -2,8 +2,9 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
 import typer
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Fine-tune Wan video models (text-to-video, image-to-video; LoRA or full).",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -24,17 +24,28 @@ ConfigArgument = Annotated[Path, typer.Argument(help="The run's TOML file.")]
 SetOption = Annotated[Optional[list[str]], typer.Option("--set", help="section.key=value; may be repeated.")]  # noqa: UP045
 
 
+UsageError: Any = typer.BadParameter.__mro__[2]
+"""Root of what typer raises for a wrong command line; it brings its own copy of click, or none, by its version."""
+INTERRUPTED = 130
+"""What typer makes of Ctrl-C."""
+
+
 def main() -> None:
     """Runs the command line; exits with 0, 1 (failed), 2 (the input is wrong) or 3 (nothing fits)."""
     try:
-        app()
+        # not standalone: typer would print a box of several lines for a wrong flag
+        status = app(sys.argv[1:] or ["--help"], prog_name="longtake", standalone_mode=False)
     except LongtakeError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        sys.exit(1)
+        _leave(error.problems, error.exit_status)
+    except UsageError as error:
+        _leave([_usage_problem(error)], ConfigError.exit_status)
+    except OSError as error:
+        _leave([Problem(error.strerror or str(error), str(error.filename or ""))], LongtakeError.exit_status)
+    except (KeyboardInterrupt, typer.Abort):
+        status = INTERRUPTED
+    if status == INTERRUPTED:
+        _leave([Problem("interrupted")], LongtakeError.exit_status)
+    sys.exit(status)
 
 
 @app.command()
@@ -44,6 +55,7 @@ def init(
     output: Annotated[Path, typer.Option("-o", "--output", help="The TOML file to write.")] = Path("run.toml"),
 ) -> None:
     """Write a first config, commented, for this data and this machine."""
+    _quiet_libraries()
     from longtake.progress import Reporter
     from longtake.training.first_config import write_first_config
 
@@ -71,18 +83,17 @@ def inspect(
 def prepare(config: ConfigArgument, assignments: SetOption = None) -> None:
     """Encode clips and captions into the conditioning cache; resumable, shared among ranks."""
     loaded = _load(config, assignments)
-    import torch
-
+    _quiet_libraries()
     from longtake.data.encode import component_root
     from longtake.data.encode import prepare as prepare_cache
-    from longtake.distributed.backend import world
+    from longtake.distributed.backend import local_device, world
     from longtake.progress import Reporter
     from longtake.training.model import find_model
 
     reporter = Reporter()
     found = find_model(loaded, reporter.line)
     root = component_root(found.root, "model.components")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = local_device()
     manifest = prepare_cache(loaded, found.variant.spec, root, device, reporter, world())
     if manifest is None:
         print(f"this rank's share is cached in {loaded.data.cache}; other ranks have not finished theirs")
@@ -137,6 +148,7 @@ def train(
     loaded = _load(config, assignments, flags)
     if gpus != 1:
         raise ConfigError(Problem(f"{gpus} GPUs were asked for", "--gpus", "this version trains on one device"))
+    _quiet_libraries()
     from longtake.progress import Reporter
     from longtake.training.run import train as train_run
     from longtake.web.report import write_report
@@ -167,6 +179,7 @@ def sample(
         raise ConfigError(Problem("give either --run or --model", "longtake sample", "not both, not neither"))
     if run is not None and lora is not None:
         raise ConfigError(Problem("a run has its own adapter", "--lora", "use --model with --lora"))
+    _quiet_libraries()
     from longtake.progress import Reporter
     from longtake.training.results import Wish, sample_to_file
 
@@ -185,6 +198,7 @@ def export(
     """Write a run's adapter for other tools, or full weights with it merged in."""
     if form not in ("comfyui", "diffusers", "kohya"):
         raise ConfigError(Problem(f"there is no format {form!r}", "--format", "use comfyui, diffusers or kohya"))
+    _quiet_libraries()
     from longtake.progress import Reporter
     from longtake.training.results import export as export_run
 
@@ -195,6 +209,7 @@ def export(
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="Folder to work in.")] = Path("demo")) -> None:
     """Go the whole way on real clips with the bundled tiny model: prepare, train, sample, report."""
+    _quiet_libraries()
     from longtake.demo.demo import run_demo
     from longtake.progress import Reporter
 
@@ -208,9 +223,30 @@ def _load(path: Path, assignments: list[str] | None, flags: object = None) -> "R
     from longtake.config.flags import Flags, overrides
     from longtake.config.load import load_config, parse_set
 
-    given = [*parse_set(assignments or []), *(overrides(flags, path) if isinstance(flags, Flags) else [])]
+    given = parse_set(assignments or [])
+    given += overrides(flags, path, given) if isinstance(flags, Flags) else []
     config = load_config(path, given)
     for override in given:
         print(f"{override.key} = {override.value!r}  ({override.flag})", file=sys.stderr)
     check(config)
     return config
+
+
+def _quiet_libraries() -> None:
+    """Before the libraries are imported: they talk then, too."""
+    from longtake.models.libraries import quiet_libraries
+
+    quiet_libraries()
+
+
+def _leave(problems: Sequence[Problem], status: int) -> NoReturn:
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _usage_problem(error: Any) -> Problem:
+    """A wrong command line in one line; `error` is of `UsageError`."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "longtake"
+    return Problem(error.format_message().rstrip("."), command, f"see `{command} --help`")

@@ -10,10 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from longtake.errors import Problem, RunError
+from longtake.units import format_bytes
 
 STAGED = ".staged-"
 """Infix of the names of files and folders that are being written."""
+
+# safetensors raises its own error where the disk refuses a write
+_REFUSALS = (OSError, SafetensorError)
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
@@ -28,7 +34,7 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
         sync(staged)
         staged.replace(path)
         sync(path.parent)
-    except OSError as error:
+    except _REFUSALS as error:
         raise _refused(path, error) from error
     finally:
         with contextlib.suppress(OSError):
@@ -63,7 +69,7 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
         sync(staged)
         staged.rename(path)
         sync(path.parent)
-    except OSError as error:
+    except _REFUSALS as error:
         raise _refused(path, error) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -116,9 +122,13 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _refused(path: Path, error: OSError) -> RunError:
+def _refused(path: Path, error: OSError | SafetensorError) -> RunError:
+    blocking = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
+    if blocking is not None:
+        return RunError(Problem(f"cannot write: {blocking} is no folder", str(path), "give another place"))
     try:
-        free = f"{shutil.disk_usage(path.parent).free} bytes are free there"
+        free = f"{format_bytes(shutil.disk_usage(path.parent).free)} are free there"
     except OSError:
         free = ""
-    return RunError(Problem(f"cannot write: {error.strerror or error}", str(path), free))
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return RunError(Problem(f"cannot write: {reason}", str(path), free))

@@ -16,7 +16,7 @@ _FACTORS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
-_PATTERN = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([KMGT]I?B|B)\s*", re.IGNORECASE | re.ASCII)
+_PATTERN = re.compile(r"\s*([0-9]{1,24}(?:\.[0-9]{1,24})?)\s*([KMGT]I?B|B)\s*", re.IGNORECASE | re.ASCII)
 
 
 def parse_bytes(text: str, where: str = "") -> int:

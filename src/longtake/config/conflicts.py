@@ -2,7 +2,14 @@
 
 from collections.abc import Iterator
 
-from longtake.config.schema import DataConfig, MemoryStrategy, RunConfig, TrainingConfig
+from longtake.config.schema import (
+    DataConfig,
+    MemoryStrategy,
+    OutputConfig,
+    RunConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
 from longtake.errors import ConfigError, Problem
 from longtake.units import parse_bytes
 
@@ -33,12 +40,13 @@ def conflicts(config: RunConfig, world_size: int = 1) -> Iterator[Problem]:
     yield from _schedule(config.data, config.training)
     yield from _precision(config)
     yield from _parallel(config, world_size)
+    yield from _ignored(config)
 
 
 def memory_conflicts(memory: MemoryStrategy) -> Iterator[Problem]:
     """Conflicts inside [memory]."""
     if memory.budget != "auto":
-        parse_bytes(memory.budget, "memory.budget")
+        yield from _budget(memory.budget)
     if memory.gradient_checkpointing == "block_keep_attention":
         yield Problem("this version cannot keep attention's output", "memory.gradient_checkpointing", 'use "block"')
     for field, only in NOT_YET.items():
@@ -56,6 +64,15 @@ def memory_conflicts(memory: MemoryStrategy) -> Iterator[Problem]:
             "memory.activation_offload_fraction",
             'set memory.activation_offload = "host" or "disk"',
         )
+
+
+def _budget(text: str) -> Iterator[Problem]:
+    where = "memory.budget"
+    try:
+        if not parse_bytes(text, where):
+            yield Problem("a budget of no bytes leaves nothing to train with", where, 'give more, or "auto"')
+    except ConfigError as error:
+        yield from error.problems
 
 
 def _batch(training: TrainingConfig, world_size: int) -> Iterator[Problem]:
@@ -111,3 +128,15 @@ def _parallel(config: RunConfig, world_size: int) -> Iterator[Problem]:
         yield Problem("this version trains on one device", "parallel.offload", 'use "none"')
     if world_size != 1:
         yield Problem(f"{world_size} ranks were started", "WORLD_SIZE", "this version trains on one device: start one")
+
+
+def _ignored(config: RunConfig) -> Iterator[Problem]:
+    """Settings that would have no effect."""
+    if config.lora is None and config.output.formats != OutputConfig.model_fields["formats"].default:
+        remedy = "leave it out, or add a section [lora]"
+        yield Problem("full fine-tuning writes no adapter", "output.formats", remedy)
+    for key in ("sample_steps", "guidance_scale"):
+        default = ValidationConfig.model_fields[key].default
+        if not config.validation.samples and getattr(config.validation, key) != default:
+            remedy = "leave it out, or add validation.samples"
+            yield Problem("there are no samples that it would apply to", f"validation.{key}", remedy)

@@ -4,9 +4,15 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
+# Strict: `true` and "2" are no numbers. TOML can write inf and nan; no key has a use for them.
+Whole = Annotated[int, Field(ge=0, strict=True)]
+Positive = Annotated[int, Field(gt=0, strict=True)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0, strict=True)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0, strict=True)]
+NonNegative = Annotated[float, Field(ge=0.0, strict=True, allow_inf_nan=False)]
+AboveZero = Annotated[float, Field(gt=0.0, strict=True, allow_inf_nan=False)]
+Filled = Annotated[str, Field(min_length=1)]
+Switch = Annotated[bool, Field(strict=True)]
 
 Precision = Literal["bf16", "fp16", "fp32"]
 ParallelStrategy = Literal[
@@ -45,11 +51,11 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """[data]: clips, captions, and the shape in which training sees them."""
 
-    source: str
+    source: Filled
     """A folder of `clip.mp4` + `clip.txt`, or a CSV, JSON or JSONL file with columns `video` and `prompt`."""
-    cache: str = "cache/"
+    cache: Filled = "cache/"
     """Folder of the conditioning cache that `longtake prepare` fills."""
-    validation: Fraction | str = 0.05
+    validation: Fraction | Filled = 0.05
     """Fraction of the clips held out for the validation loss, or a source of its own. 0 switches validation off."""
     caption_dropout: Fraction = 0.1
     """Share of samples trained with the empty caption, which trains the unconditional branch of guidance."""
@@ -57,7 +63,7 @@ class DataConfig(Section):
     """Frames a clip, 4n+1. Memory of activations grows in proportion."""
     size: tuple[Positive, Positive] = (832, 480)
     """Width and height in pixels; each divides by 16 (by 32 for the 5B)."""
-    frames_schedule: tuple[tuple[Annotated[int, Field(ge=0)], Positive], ...] = ()
+    frames_schedule: tuple[tuple[Whole, Positive], ...] = ()
     """Curriculum: pairs of (from this step on, frames). Empty: `num_frames` from the first step."""
 
 
@@ -66,11 +72,11 @@ class LoraConfig(Section):
 
     rank: Positive = 32
     """Rank r of the adapters. Trained parameters, gradients and Adam states grow in proportion."""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
+    alpha: AboveZero = 32.0
     """The adapter's output is scaled by alpha / rank."""
-    targets: tuple[str, ...] = ("attention", "ffn")
+    targets: Annotated[tuple[Filled, ...], Field(min_length=1)] = ("attention", "ffn")
     """Groups `attention`, `ffn`, `image` (the image branch's `add_k_proj`, `add_v_proj`), or ends of module names."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: BelowOne = 0.0
     """Dropout on the adapters' input."""
 
 
@@ -85,23 +91,23 @@ class TrainingConfig(Section):
     """Clips a forward pass on one rank; activations grow in proportion. Accumulation follows from it."""
     precision: Precision = "bf16"
     """Compute type of the forward pass (autocast). fp16 uses a gradient scaler. Adapters and Adam states stay fp32."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Whole = 0
     """Noise, sigma, dropout and order are functions of (seed, epoch, sample)."""
-    ema: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    ema: BelowOne = 0.0
     """Decay of an exponential moving average of the trained weights; 0 switches it off. One fp32 copy of them."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    learning_rate: AboveZero = 1e-4
     """Peak learning rate of AdamW."""
     weight_decay: NonNegative = 0.01
     """Decoupled weight decay of AdamW."""
     schedule: Literal["constant", "cosine"] = "cosine"
     """What the learning rate does after the warm-up: stays, or falls to zero along a half cosine."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 50
+    warmup_steps: Whole = 50
     """Steps over which the learning rate rises linearly to its peak."""
     clip_norm: NonNegative = 1.0
     """Greatest norm of the whole gradient; 0 switches clipping off."""
     sigmas: Literal["uniform", "logit_normal"] = "logit_normal"
     """Distribution that sigma is drawn from before the shift."""
-    shift: Annotated[float, Field(gt=0)] = 3.0
+    shift: AboveZero = 3.0
     """sigma = shift u / (1 + (shift - 1) u); the models' authors use 3 for 480p, 5 for 720p and the 5B."""
     loss_weighting: Literal["none", "bell"] = "none"
     """`bell` weights the loss by a bell over the timestep with mean 1, `none` by 1."""
@@ -123,7 +129,7 @@ class MemoryStrategy(Section):
     """Where the inputs that checkpointing keeps wait for the backward pass."""
     activation_offload_fraction: Fraction = 1.0
     """Share of the kept inputs that is moved."""
-    block_swap: Annotated[int, Field(ge=0)] = 0
+    block_swap: Whole = 0
     """Blocks whose frozen weights are streamed in for use instead of staying on the device."""
     block_swap_from: Literal["host", "disk"] = "host"
     """Where the streamed weights come from."""
@@ -135,7 +141,7 @@ class MemoryStrategy(Section):
     """Type of the frozen weights under a LoRA."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """AdamW with fp32 or 8-bit states."""
-    optimizer_offload: bool = False
+    optimizer_offload: Switch = False
     """Keep the optimiser's states in host memory."""
     fallbacks: tuple["MemoryStrategy", ...] = ()
     """Strategies to go on with after running out of memory, in order."""
@@ -172,14 +178,14 @@ class ValidationConfig(Section):
     """Videos to sample at each validation."""
     sample_steps: Positive = 30
     """Denoising steps of a sample."""
-    guidance_scale: Annotated[float, Field(ge=1.0)] = 5.0
+    guidance_scale: Annotated[float, Field(ge=1.0, strict=True, allow_inf_nan=False)] = 5.0
     """Classifier-free guidance of a sample; 1 switches it off."""
 
 
 class OutputConfig(Section):
     """[output]: the run folder."""
 
-    run: str
+    run: Filled
     """Folder of the run: config, metrics, checkpoints, samples, adapter, report."""
     save_every: Positive = 100
     """Steps between two checkpoints."""

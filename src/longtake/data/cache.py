@@ -1,7 +1,9 @@
 """The conditioning cache: safetensors entries keyed by what made them, and manifests that list a data set's entries."""
 
+import contextlib
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from longtake import files
 from longtake.errors import CacheError, Problem
 
 FORMAT = 1
+STALE_SECONDS = 3600.0
 Kind = Literal["latents", "images", "texts"]
 
 
@@ -86,6 +89,16 @@ class Cache:
             raise CacheError(Problem("the entry has changed since it was written", str(path), remedy))
         return tensors
 
+    def reject(self, kind: Kind, key: str, problem: Problem) -> None:
+        """Notes why the entry cannot be made, for the other ranks."""
+        files.write_json(self._rejection(kind, key), {"what": problem.what, "remedy": problem.remedy})
+
+    def rejection(self, kind: Kind, key: str) -> Problem | None:
+        """Why an entry that is not there could not be made; None where nobody noted anything."""
+        if self.has(kind, key) or not self._rejection(kind, key).is_file():
+            return None
+        return Problem(**json.loads(self._rejection(kind, key).read_text(encoding="utf-8")))
+
     def write_manifest(self, manifest: Manifest) -> Path:
         """Stores the list of a data set's entries under the key of its settings."""
         path = self._manifest(manifest.settings)
@@ -98,16 +111,21 @@ class Cache:
         if not path.is_file():
             raise CacheError(self._missing(settings))
         manifest = _manifest_of(path)
-        absent = [key for kind, key in _keys(manifest) if not self.has(kind, key)]
-        if absent:
-            what = f"{len(absent)} of {len([*_keys(manifest)])} entries are missing"
+        if absent := self.missing(manifest):
+            what = f"{absent} of {len({*_keys(manifest)})} entries are missing"
             raise CacheError(Problem(what, str(self.folder), "run `longtake prepare` again"))
         return manifest
 
+    def missing(self, manifest: Manifest) -> int:
+        """How many of the entries that the manifest names are not there."""
+        return sum(not self.has(kind, key) for kind, key in {*_keys(manifest)})
+
     def remove_staged(self) -> None:
-        """Removes what killed writers left."""
-        for folder in self.folder.glob("*/"):
-            files.remove_staged(folder)
+        """Removes what killed writers left an hour ago or earlier: what is younger may be another rank's work."""
+        for path in self.folder.rglob(f"*{files.STAGED}*"):
+            with contextlib.suppress(FileNotFoundError):  # its writer, or another rank, was faster
+                if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                    path.unlink()
 
     def _missing(self, settings: dict[str, Any]) -> Problem:
         others = [_manifest_of(path) for path in sorted(self.folder.glob("manifests/*.json"))]
@@ -121,6 +139,9 @@ class Cache:
 
     def _path(self, kind: Kind, key: str) -> Path:
         return self.folder / kind / f"{key}.safetensors"
+
+    def _rejection(self, kind: Kind, key: str) -> Path:
+        return self.folder / kind / f"{key}.rejected.json"
 
     def _manifest(self, settings: dict[str, Any]) -> Path:
         return self.folder / "manifests" / f"{digest(settings)}.json"

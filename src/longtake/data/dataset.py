@@ -1,6 +1,6 @@
 """What a config's sources hold: clips in their buckets, and the settings that identify a prepared cache."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,16 +26,21 @@ class Placed:
 
 
 def cache_settings(
-    data: DataConfig, spec: ModelSpec, seed: int, encoders: dict[str, str], records: Sequence[ClipRecord]
+    data: DataConfig,
+    spec: ModelSpec,
+    seed: int,
+    encoders: Mapping[str, str],
+    sources: Mapping[Split, Sequence[ClipRecord]],
 ) -> dict[str, Any]:
     """Everything that decides what a prepared cache holds; no training flag is among it.
 
-    `encoders` are the fingerprints of the components; `records` those of all sources.
+    `encoders` are the fingerprints of the components.
     """
-    rows = [(r.path.name, r.path.stat().st_size, r.prompt, r.start, r.frames, r.fps) for r in records]
+    records = [record for rows in sources.values() for record in rows]
+    rows = {split: sorted((_row(record) for record in found), key=repr) for split, found in sources.items()}
     return {
         "format": FORMAT,
-        "clips": digest(sorted(rows, key=repr)),
+        "clips": digest(rows),
         "size": list(data.size),
         "frames": sorted({frames for _, frames in stage_frames(data.num_frames, data.frames_schedule)}),
         "fps": spec.fps,
@@ -86,6 +91,17 @@ def place(
     if not any(item.split == "train" for item in placed.values()):
         raise DataError(Problem("no clip can be used", data.source, "mend the clips named above"))
     return list(placed.values())
+
+
+def _row(record: ClipRecord) -> list[Any]:
+    return [
+        record.path.name,
+        record.path.stat().st_size,
+        record.prompt,
+        record.start,
+        record.frames,
+        record.fps,
+    ]
 
 
 def _probe_all(records: list[ClipRecord], say: Callable[[str], None]) -> tuple[list[ClipRecord], list[ClipInfo]]:

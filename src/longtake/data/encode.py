@@ -2,8 +2,8 @@
 
 import gc
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,7 @@ def encoder_fingerprints(root: Path, spec: ModelSpec) -> dict[str, str]:
 def load_manifest(config: RunConfig, spec: ModelSpec, root: Path, say: Callable[[str], None]) -> Manifest:
     """The manifest that `prepare` wrote for this config; raises CacheError where there is none."""
     sources = read_sources(config.data, spec, say)
-    records = [record for rows in sources.values() for record in rows]
-    settings = cache_settings(config.data, spec, config.training.seed, encoder_fingerprints(root, spec), records)
+    settings = cache_settings(config.data, spec, config.training.seed, encoder_fingerprints(root, spec), sources)
     return Cache(Path(config.data.cache)).read_manifest(settings)
 
 
@@ -68,24 +67,34 @@ def prepare(
     cache = Cache(Path(config.data.cache))
     cache.remove_staged()
     sources = read_sources(config.data, spec, reporter.line)
-    records = [record for rows in sources.values() for record in rows]
     prints = encoder_fingerprints(root, spec)
-    settings = cache_settings(config.data, spec, config.training.seed, prints, records)
+    settings = cache_settings(config.data, spec, config.training.seed, prints, sources)
     placed = place(sources, config.data, spec, config.training.seed, reporter.line)
     hashes = _content_hashes({item.clip.record.path for item in placed}, cache.folder)
     keys = _Keys(spec, prints, hashes)
     entries = [keys.entry(item) for item in placed]
-    failed: list[Problem] = []
-    for kind, load, work in _passes(placed, keys, spec, root, device):
-        failed += _run(cache, kind, load, work, reporter, ranks)
-    unusable = {problem.where for problem in failed}
-    kept = [entry for entry in entries if entry.where not in unusable]
-    usable([item.clip.record for item in placed if item.clip.record.where not in unusable], failed)
-    manifest = Manifest(settings, tuple(kept), keys.text(""))
-    if any(not cache.has("latents", entry.latents) for entry in manifest.entries):
+    failed: dict[str, Problem] = {}
+    for title, load, work in _passes(placed, keys, spec, root, device):
+        failed |= _run(cache, title, load, work, reporter, ranks)
+    manifest = Manifest(settings, tuple(_without(entries, placed, failed)), keys.text(""))
+    if cache.missing(manifest):
         return None
     cache.write_manifest(manifest)
     return manifest
+
+
+def _without(entries: Sequence[Entry], placed: Sequence[Placed], failed: Mapping[str, Problem]) -> list[Entry]:
+    """The entries of the clips of which nothing failed; raises DataError where too many are left out."""
+    problems = [
+        replace(failed[key], where=entry.where)
+        for entry in entries
+        for key in (entry.latents, entry.image, entry.text)
+        if key in failed
+    ]
+    unusable = {problem.where for problem in problems}
+    records = {item.clip.record.where: item.clip.record for item in placed}
+    usable([record for where, record in records.items() if where not in unusable], problems)
+    return [entry for entry in entries if entry.where not in unusable]
 
 
 class _Keys:
@@ -182,26 +191,32 @@ def _text_of(prompt: str) -> Callable[[Any], Tensors]:
 
 def _run(
     cache: Cache, title: str, load: Callable[[], Any], work: list[Work], reporter: Reporter, ranks: tuple[int, int]
-) -> list[Problem]:
-    """Makes what is missing of this rank's share; returns the problems of the clips that could not be encoded."""
+) -> dict[str, Problem]:
+    """Makes what is missing of this rank's share; returns why, by key, for what could not be made by any rank."""
     rank, world = ranks
     mine = [item for item in work[rank::world] if not cache.has(item.kind, item.key)]
-    if not mine:
+    if mine:
+        _make(cache, title, load(), mine, reporter, len(work[rank::world]))
+        _release()
+    else:
         reporter.line(f"{title}: all {len(work)} cached")
-        return []
-    encoder, problems = load(), []
+    found = {item.key: cache.rejection(item.kind, item.key) for item in work}
+    return {key: problem for key, problem in found.items() if problem is not None}
+
+
+def _make(cache: Cache, title: str, encoder: Any, work: list[Work], reporter: Reporter, total: int) -> None:
+    """Writes the entries of `work`, the last of `total`, or why they cannot be made."""
     unit = "captions" if title == "captions" else "clips"
-    with reporter.bar(title, len(work[rank::world]), unit, len(work[rank::world]) - len(mine)) as advance:
-        for done, item in enumerate(mine, len(work[rank::world]) - len(mine) + 1):
+    before = total - len(work)
+    with reporter.bar(title, total, unit, before) as advance:
+        for done, item in enumerate(work, before + 1):
             try:
                 cache.write(item.kind, item.key, item.make(encoder))
             except (DataError, CacheError) as error:
-                problems += [Problem(problem.what, item.where, problem.remedy) for problem in error.problems]
-                reporter.line(f"left out: {problems[-1]}")
+                problem = replace(error.problems[0], where=item.where)
+                cache.reject(item.kind, item.key, problem)
+                reporter.line(f"left out: {problem}")
             advance(done, "")
-    del encoder
-    _release()
-    return problems
 
 
 def _release() -> None:

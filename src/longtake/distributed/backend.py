@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 
+@runtime_checkable
 class Backend(Protocol):
     """What an engine does with a loss: backward, the whole gradient's norm and clipping, the update, its own state."""
 
@@ -49,9 +50,9 @@ class SingleDevice:
 
     def step(self, skip: bool) -> None:
         """One AdamW update, or none; the scale follows the overflows."""
-        if self.scaler.is_enabled() or not skip:
+        if not skip:
             self.scaler.step(self.optimizer)
-            self.scaler.update()
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, float]:
@@ -67,3 +68,10 @@ class SingleDevice:
 def world() -> tuple[int, int]:
     """(rank, number of ranks) as torchrun's environment has it; (0, 1) without."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_device() -> torch.device:
+    """The CUDA device of this process (torchrun's LOCAL_RANK among the visible ones), or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -45,7 +45,9 @@ class _OnDisk:
             self.path.write_bytes(host.view(torch.uint8).numpy().data)
         except OSError as error:
             what = f"cannot offload {host.nbytes} bytes of activations: {error.strerror or error}"
-            raise RunError(Problem(what, str(self.path), 'make room, or use memory.activation_offload = "host"')) from error
+            raise RunError(
+                Problem(what, str(self.path), 'make room, or use memory.activation_offload = "host"')
+            ) from error
 
     def __del__(self) -> None:
         with contextlib.suppress(OSError):

@@ -50,9 +50,6 @@ def load_newest(run: Path, say: Callable[[str], None]) -> Checkpoint | None:
 
     Raises RunError where there are checkpoints and all of them are damaged.
     """
-    folder = run / FOLDER
-    if folder.is_dir():
-        files.remove_staged(folder)
     found = _all(run)
     for path in reversed(found):
         damage = files.damage(path)
@@ -60,7 +57,7 @@ def load_newest(run: Path, say: Callable[[str], None]) -> Checkpoint | None:
             return load_checkpoint(path)
         say(f"{path}: the checkpoint is damaged ({damage}); trying the one before")
     if found:
-        raise RunError(Problem("all checkpoints are damaged", str(folder), "start a new run"))
+        raise RunError(Problem("all checkpoints are damaged", str(run / FOLDER), "start a new run"))
     return None
 
 
@@ -88,12 +85,12 @@ def _all(run: Path) -> list[Path]:
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
-    save_file(_on_cpu(checkpoint.trained), folder / "trained.safetensors")
-    save_file(_on_cpu(checkpoint.optimizer), folder / "optimizer.safetensors")
+    _save(checkpoint.trained, folder / "trained.safetensors")
+    _save(checkpoint.optimizer, folder / "optimizer.safetensors")
     if checkpoint.ema:
-        save_file(_on_cpu(checkpoint.ema), folder / "ema.safetensors")
+        _save(checkpoint.ema, folder / "ema.safetensors")
     (folder / "state.json").write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1))
 
 
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}, path)

@@ -18,13 +18,17 @@ class StopRequest:
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Inside the context the first signal is noted, and the signals then have their usual effect again."""
+    """Inside the context the first signal is noted, and the signals then have their usual effect again.
+
+    A signal that is ignored stays so: under nohup a run outlives its terminal.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
     present = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in present}
+    handlers = {number: signal.getsignal(number) for number in present}
+    before = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
 
     def restore() -> None:
         for number, handler in before.items():
@@ -34,7 +38,7 @@ def stop_request() -> Iterator[StopRequest]:
         request.signal = signal.Signals(number).name
         restore()
 
-    for number in present:
+    for number in before:
         signal.signal(number, note)
     try:
         yield request

@@ -1,6 +1,7 @@
 """Bytes in use and their peak, on the device and on the host: by torch, by the driver, by the process."""
 
 import contextlib
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,8 @@ class _Driver:
         self.handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         memory = pynvml.nvmlDeviceGetMemoryInfo(self.handle)
         self.total_bytes = int(memory.total)
-        self.used_bytes = self.peak_bytes = self.other_bytes = int(memory.used)
+        self.used_bytes = self.peak_bytes = int(memory.used)
+        self.other_bytes = max(0, self.used_bytes - self._own_bytes())
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._sample, name="nvml", daemon=True)
         self.thread.start()
@@ -85,6 +87,11 @@ class _Driver:
         self.stopped.set()
         self.thread.join()
         pynvml.nvmlShutdown()
+
+    def _own_bytes(self) -> int:
+        """What this process holds already (its CUDA context); 0 where the driver does not tell, as in some containers."""
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(self.handle)
+        return sum(int(process.usedGpuMemory or 0) for process in processes if process.pid == os.getpid())
 
     def _sample(self) -> None:
         while not self.stopped.wait(1.0):

@@ -1,6 +1,8 @@
 """What a run writes down while it goes: metrics.jsonl, TensorBoard events, and Weights & Biases where asked for."""
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,23 @@ FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """The run's log. Lines after the step that a run resumes from are dropped, so none is missing or there twice."""
+    """The run's log. Lines after the checkpoint that a run resumes from are dropped, so none is there twice.
 
-    def __init__(self, run: Path, resumed_step: int, wandb_project: str, settings: dict[str, Any]) -> None:
-        self.path = run / FILE
-        kept = [line for line in read_metrics(self.path) if line["step"] <= resumed_step]
-        files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.file = self.path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(run), purge_step=resumed_step + 1)
+    `resumed_step` is that checkpoint's, None where there is none: then every line is dropped.
+    """
+
+    def __init__(self, run: Path, resumed_step: int | None, wandb_project: str, settings: dict[str, Any]) -> None:
         self.wandb = _wandb(wandb_project, run, settings) if wandb_project else None
+        self.path = run / FILE
+        first_dropped = 0 if resumed_step is None else resumed_step + 1
+        self.kept = [line for line in read_metrics(self.path) if line["step"] < first_dropped]
+        files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.kept))
+        self.file = self.path.open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(run), purge_step=first_dropped)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One line for `step`; numbers go to TensorBoard and W&B too."""
+        """One line for `step`, null where a number is not finite; numbers go to TensorBoard and W&B too."""
+        values = {key: None if _not_finite(value) else value for key, value in values.items()}
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
         numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
@@ -32,6 +39,15 @@ class Metrics:
             self.board.add_scalar(key, value, step)
         if self.wandb is not None:
             self.wandb.log(numbers, step=step)
+
+    def flush(self) -> None:
+        """Has everything written so far on the disk, as a checkpoint that follows it will be."""
+        os.fsync(self.file.fileno())
+        self.board.flush()
+
+    def has_validation(self, step: int) -> bool:
+        """Whether the lines kept from before hold a validation at `step`."""
+        return any(line["step"] == step and "validation_loss" in line for line in self.kept)
 
     def close(self) -> None:
         """Ends all logs."""
@@ -52,6 +68,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return lines
+
+
+def _not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _wandb(project: str, run: Path, settings: dict[str, Any]) -> Any:

@@ -12,6 +12,7 @@ from longtake.config.load import load_config
 from longtake.config.schema import LoraFormat, ModelConfig, Precision, RunConfig
 from longtake.data.encode import component_root
 from longtake.data.video import read_image, write_clip
+from longtake.distributed.backend import local_device
 from longtake.errors import ConfigError, ModelError, Problem
 from longtake.lora import Adapter, attach_adapter, merge, read_adapter, save_adapter
 from longtake.models.spec import ModelSpec
@@ -54,7 +55,9 @@ def run_adapter(run: Path, config: RunConfig, reporter: Reporter) -> Adapter:
     """The run's adapter: the finished one, else that of the newest checkpoint (of the average where there is one)."""
     assert config.lora is not None
     if (run / ADAPTER).is_file():
-        return read_adapter(run / ADAPTER)
+        adapter = read_adapter(run / ADAPTER)
+        if adapter.metadata.get("longtake.steps") == str(config.training.steps):
+            return adapter  # else the run goes on to more steps
     checkpoint = load_newest(run, reporter.line)
     if checkpoint is None:
         raise ConfigError(
@@ -84,7 +87,7 @@ def export(run: Path, form: LoraFormat, merged: bool, out: Path, reporter: Repor
 
 def sample_to_file(run: Path | None, model: str, lora: Path | None, wish: Wish, out: Path, reporter: Reporter) -> None:
     """Samples from a run, or from a model with or without a LoRA file, and writes the mp4."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = local_device()
     if run is not None:
         config = read_run(run)
         model_files = find_model(config, reporter.line)

@@ -14,7 +14,7 @@ from longtake.data.cache import Cache
 from longtake.data.encode import component_root, load_manifest
 from longtake.data.loader import BucketSampler, EntryReader
 from longtake.data.split import split
-from longtake.distributed.backend import SingleDevice, world
+from longtake.distributed.backend import SingleDevice, local_device, world
 from longtake.errors import ConfigError, Problem, RunError
 from longtake.lora import adapter_state, save_adapter
 from longtake.memory.strategy import apply
@@ -26,7 +26,7 @@ from longtake.training.memory_gauge import MemoryGauge
 from longtake.training.metrics import Metrics
 from longtake.training.model import TrainedModel, build_model, choose_expert, find_model
 from longtake.training.optimizer import MovingAverage, build_optimizer
-from longtake.training.run_folder import open_run
+from longtake.training.run_folder import open_run, record_config
 from longtake.training.trainer import Parts, Trainer
 from longtake.training.validation import Validation
 from longtake.units import format_bytes, parse_bytes
@@ -41,7 +41,7 @@ def train(config: RunConfig, resume: bool, reporter: Reporter) -> Path:
     """
     _, ranks = world()
     check(config, ranks)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = local_device()
     model_files = find_model(config, reporter.line)
     spec = model_files.variant.spec
     choose_expert(config, spec)
@@ -59,12 +59,15 @@ def train(config: RunConfig, resume: bool, reporter: Reporter) -> Path:
         model = build_model(config, model_files, device)
         validation.requests(model)
         checkpoint = load_newest(run, reporter.line) if resume else None
-        parts = _parts(config, run, model, sampler, validation, checkpoint.step if checkpoint else 0, gauge, reporter)
+        record_config(config, run)
+        parts = _parts(
+            config, run, model, sampler, validation, checkpoint.step if checkpoint else None, gauge, reporter
+        )
         trainer = Trainer(parts, stop)
-        if checkpoint is not None:
-            trainer.restore(checkpoint)
-            reporter.line(f"resumed after step {checkpoint.step}")
         try:
+            if checkpoint is not None:
+                trainer.restore(checkpoint)
+                reporter.line(f"resumed after step {checkpoint.step}")
             with apply(model.transformer, spec, config.memory, run / "scratch"):
                 trainer.fit(checkpoint.step if checkpoint else 0)
         except torch.OutOfMemoryError as error:
@@ -132,7 +135,7 @@ def _parts(
     model: TrainedModel,
     sampler: BucketSampler,
     validation: Validation,
-    first_step: int,
+    resumed_step: int | None,
     gauge: MemoryGauge,
     reporter: Reporter,
 ) -> Parts:
@@ -150,7 +153,7 @@ def _parts(
         sampler=sampler,
         reader=validation.reader,
         validation=validation,
-        metrics=Metrics(run, first_step, config.output.wandb, config.model_dump()),
+        metrics=Metrics(run, resumed_step, config.output.wandb, config.model_dump()),
         gauge=gauge,
         device=device,
         reporter=reporter,

@@ -10,21 +10,23 @@ from longtake.config.dump import to_toml
 from longtake.config.load import changed_keys, load_config
 from longtake.config.schema import RunConfig
 from longtake.errors import ConfigError, Problem
+from longtake.training.checkpoint import FOLDER as CHECKPOINTS
 
 CONFIG = "config.toml"
+LOCK = ".lock"
 FREE_TO_CHANGE = ("output.", "validation.", "memory.", "training.steps", "training.micro_batch_size", "data.cache")
 """Keys that a resumed run may change: they do not decide what a step computes, but for `steps`, which is said."""
 
 
 @contextmanager
 def open_run(config: RunConfig, resume: bool, say: Callable[[str], None]) -> Iterator[Path]:
-    """The run's folder, held against other processes, with the resolved config in it.
+    """The run's folder, held against other processes, without what a killed one left half written.
 
     Raises ConfigError where the folder is there without `resume`, is in use, or was made by another config.
     """
     run = Path(config.output.run)
     stored = run / CONFIG
-    if run.exists() and any(run.iterdir()) and not resume:
+    if run.exists() and any(path.name != LOCK for path in run.iterdir()) and not resume:
         remedy = "add --resume to continue it, or set another output.run"
         raise ConfigError(Problem("the run folder is not empty", str(run), remedy))
     if resume and not stored.is_file():
@@ -33,9 +35,14 @@ def open_run(config: RunConfig, resume: bool, say: Callable[[str], None]) -> Ite
         _compare(load_config(stored), config, say)
     run.mkdir(parents=True, exist_ok=True)
     with _held(run):
-        files.remove_staged(run)
-        files.write_text(stored, to_toml(config))
+        for folder in (run, run / CHECKPOINTS, run / "samples"):
+            files.remove_staged(folder)
         yield run
+
+
+def record_config(config: RunConfig, run: Path) -> None:
+    """Writes the resolved config; from then on the run has begun and is continued only with `resume`."""
+    files.write_text(run / CONFIG, to_toml(config))
 
 
 def _compare(before: RunConfig, after: RunConfig, say: Callable[[str], None]) -> None:
@@ -57,7 +64,7 @@ def _held(run: Path) -> Iterator[None]:
         return
     import fcntl
 
-    with (run / ".lock").open("w") as lock:
+    with (run / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

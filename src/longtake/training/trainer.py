@@ -79,25 +79,25 @@ class Trainer:
         """
         parts, training = self.parts, self.parts.config.training
         loader = Prefetcher(self._read, training.steps)
-        if first_step == 0:
-            self._validate(0)
+        if self._to_look(first_step) and not parts.metrics.has_validation(first_step):
+            self._validate(first_step)  # or a run that ended between a checkpoint and its validation would lack it
         with parts.reporter.bar("training", training.steps, "steps", first_step) as advance:
             for step, samples in loader.steps(first_step):
                 self._show(self._step(step, samples), advance)
                 done = step + 1
-                last = done == training.steps
-                if last or self.stop.signal or done % parts.config.output.save_every == 0:
+                if done == training.steps or self.stop.signal or done % parts.config.output.save_every == 0:
                     self.save(done)
                 if self.stop.signal:
                     what = f"stopped by {self.stop.signal} after step {done}, which is saved"
                     raise RunError(Problem(what, str(parts.run), "continue with --resume"))
-                if last or done % parts.config.validation.every == 0:
+                if self._to_look(done):
                     self._validate(done)
 
     def save(self, step: int) -> None:
         """Writes the checkpoint after `step` updates."""
         parts = self.parts
         parameters = parts.model.parameters
+        parts.metrics.flush()
         checkpoint = Checkpoint(
             step=step,
             trained=parameters,
@@ -180,26 +180,29 @@ class Trainer:
             remedy = "lower training.learning_rate, and continue with --resume from the last checkpoint"
             raise RunError(Problem(what, str(parts.run), remedy))
 
+    def _to_look(self, step: int) -> bool:
+        config = self.parts.config
+        return step in (0, config.training.steps) or step % config.validation.every == 0
+
     def _validate(self, step: int) -> None:
         parts = self.parts
-        validation, model = parts.validation, parts.model
-        if not validation.entries and not parts.config.validation.samples:
+        if not parts.validation.entries and not parts.config.validation.samples:
             return
         if parts.average is not None:
             with parts.average.in_use():
                 self._look(step)
         else:
             self._look(step)
-        model.transformer.train()
 
     def _look(self, step: int) -> None:
         parts = self.parts
-        if parts.validation.entries:
-            loss = parts.validation.loss(parts.model)
-            parts.metrics.write(step, {"validation_loss": loss})
+        loss = parts.validation.loss(parts.model) if parts.validation.entries else None
+        if loss is not None:
             parts.reporter.line(f"step {step}: validation loss {loss:.4f}")
         for path in parts.validation.sample(parts.model, step, parts.run / "samples"):
             parts.reporter.line(f"step {step}: sample {path}")
+        if loss is not None:  # last, so that the line says that the samples are there too
+            parts.metrics.write(step, {"validation_loss": loss})
 
     def _show(self, line: dict[str, Any], advance: Advance) -> None:
         loss = "skipped" if line["loss"] is None else f"{line['loss']:.4f}"

@@ -1,6 +1,7 @@
 """What is looked at while training: the loss on held-out clips at fixed noise and sigmas, and sampled videos."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,10 +34,11 @@ class Validation:
     device: torch.device
 
     def loss(self, model: TrainedModel) -> float:
-        """Mean loss over clips and sigmas: the same noise at every call, captions never dropped."""
+        """Mean loss over clips and sigmas: the same noise at every call, nothing dropped."""
         training = self.config.training
         total, count = 0.0, 0
-        with torch.no_grad(), compute_in(model.transformer, model.spec, training.precision, self.device):
+        computing = compute_in(model.transformer, model.spec, training.precision, self.device)
+        with torch.no_grad(), _evaluating(model.transformer), computing:
             for entry in self.entries[:MOST_CLIPS]:
                 for draw_index in range(SIGMAS):
                     one = self._sample(entry, draw_index, model)
@@ -84,3 +86,14 @@ class Validation:
         sigma = sigma_at(low + (high - low) * (draw_index + 0.5) / SIGMAS, training)
         noise = torch.randn(tensors.latents.shape, generator=generator_for(f"validation:{entry.latents}:{draw_index}"))
         return Sample(Visit(entry, 0, 0), tensors, Draw(noise, sigma, drop_caption=False))
+
+
+@contextmanager
+def _evaluating(transformer: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode: LoRA's dropout would draw from the global generator."""
+    training = transformer.training
+    transformer.eval()
+    try:
+        yield
+    finally:
+        transformer.train(training)

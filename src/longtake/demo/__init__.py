@@ -1,0 +1,1 @@
+"""The demo: real clips, the bundled tiny model, the whole way."""

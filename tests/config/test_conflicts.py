@@ -1,0 +1,158 @@
+"""What cannot go together: each conflict by its key and with a way out, all of them at once."""
+
+from typing import Any
+
+import pytest
+
+from longtake.config.conflicts import NOT_YET, check, conflicts, memory_conflicts
+from longtake.config.schema import MemoryStrategy, RunConfig
+from longtake.errors import ConfigError
+
+SMALLEST: dict[str, dict[str, Any]] = {
+    "model": {"name": "tiny-t2v"},
+    "data": {"source": "clips"},
+    "lora": {},
+    "output": {"run": "run"},
+}
+
+
+def config(**changes: Any) -> RunConfig:
+    """SMALLEST with the keys of `changes` (by section) in it; a section that is None is left out."""
+    table = {section: changes.get(section, {}) for section in {**SMALLEST, **changes}}
+    merged = {name: {**SMALLEST.get(name, {}), **keys} for name, keys in table.items() if keys is not None}
+    return RunConfig.model_validate(merged)
+
+
+def said(world_size: int = 1, **changes: Any) -> list[str]:
+    return [str(problem) for problem in conflicts(config(**changes), world_size)]
+
+
+def test_the_defaults_go_together() -> None:
+    assert said() == []
+    assert said(lora=None) == []
+    check(config())
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "ranks", "nearest"),
+    [(5, 2, 1, "4 or 6"), (1, 4, 1, "4"), (4, 1, 3, "3 or 6"), (10, 2, 3, "6 or 12"), (7, 7, 2, "14")],
+)
+def test_a_global_batch_that_does_not_divide_names_the_nearest_that_do(
+    batch: int, micro: int, ranks: int, nearest: str
+) -> None:
+    lines = said(ranks, training={"global_batch_size": batch, "micro_batch_size": micro})
+    (line,) = [line for line in lines if line.startswith("training.global_batch_size")]
+    what = f"{batch} is no multiple of {ranks} ranks x micro-batch {micro}"
+    assert line == f"training.global_batch_size: {what}; the nearest that work: {nearest}"
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_a_micro_batch_that_divides_is_fine(micro: int) -> None:
+    assert said(training={"global_batch_size": 4, "micro_batch_size": micro}) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"memory": {"budget": "24"}}, "memory.budget: cannot read '24' as a size; write a number with a unit, for ex"),
+        ({"memory": {"budget": "0GiB"}}, "memory.budget: a budget of no bytes leaves nothing to train with; give more"),
+        (
+            {"memory": {"gradient_checkpointing": "none", "activation_offload": "host"}},
+            "memory.activation_offload: there are no kept block inputs to offload without gradient checkpointing; set",
+        ),
+        (
+            {"memory": {"activation_offload_fraction": 0.5}},
+            'memory.activation_offload_fraction: the fraction would be ignored; set memory.activation_offload = "host"',
+        ),
+        ({"memory": {"gradient_checkpointing": "block_keep_attention"}}, "memory.gradient_checkpointing: this version"),
+        ({"data": {"frames_schedule": [[5, 81]]}}, "data.frames_schedule: the first stage must start at step 0; write"),
+        (
+            {"data": {"frames_schedule": [[0, 17], [9, 33], [9, 81]]}},
+            "data.frames_schedule: the stages' first steps must rise; sort them",
+        ),
+        (
+            {"data": {"frames_schedule": [[0, 17], [2000, 81]]}},
+            "data.frames_schedule: the last stage starts at step 2000 of 2000; raise training.steps or drop the stage",
+        ),
+        (
+            {"data": {"frames_schedule": [[0, 17], [9, 49]]}},
+            "data.frames_schedule: the last stage has 49 frames, data.num_frames says 81; make them equal",
+        ),
+        (
+            {"training": {"precision": "fp32"}},
+            'training.precision: frozen weights in bf16 cannot be computed with in fp32; use "bf16", or model.dtype =',
+        ),
+        ({"training": {"steps": 50}}, "training.warmup_steps: the warm-up is as long as the run; at most 49"),
+        ({"parallel": {"strategy": "fsdp2"}}, 'parallel.strategy: this version trains on one device; use "auto" or "'),
+        ({"parallel": {"sp": 2}}, "parallel.sp: this version trains on one device; use 1"),
+        ({"parallel": {"offload": "optimizer"}}, 'parallel.offload: this version trains on one device; use "none"'),
+        ({"lora": None, "output": {"formats": ["kohya"]}}, "output.formats: full fine-tuning writes no adapter; leave"),
+        ({"validation": {"sample_steps": 4}}, "validation.sample_steps: there are no samples that it would apply to;"),
+        ({"validation": {"guidance_scale": 1.0}}, "validation.guidance_scale: there are no samples that it would app"),
+    ],
+)
+def test_each_conflict_is_one_line_with_a_way_out(changes: dict[str, Any], line: str) -> None:
+    (found,) = said(**changes)
+    assert found.startswith(line)
+    assert ";" in found
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": {"frames_schedule": [[0, 17], [200, 49], [500, 81]]}},
+        {"memory": {"activation_offload": "disk", "activation_offload_fraction": 0.5}},
+        {"memory": {"gradient_checkpointing": "none"}},
+        {"memory": {"budget": "24 GiB"}},
+        {"lora": None, "training": {"precision": "fp32"}},
+        {"model": {"dtype": "fp32"}, "training": {"precision": "fp32"}},
+        {"validation": {"samples": [{"prompt": "x"}], "sample_steps": 4, "guidance_scale": 1.0}},
+        {"output": {"formats": ["kohya", "diffusers"]}},
+    ],
+)
+def test_what_goes_together_is_let_through(changes: dict[str, Any]) -> None:
+    assert said(**changes) == []
+
+
+OTHER = {
+    "checkpoint_every": 2,
+    "block_swap": 3,
+    "block_swap_from": "disk",
+    "slices": 2,
+    "attention_head_groups": 2,
+    "quantization": "int8",
+    "optimizer": "adamw8bit",
+    "optimizer_offload": True,
+    "fallbacks": [{"slices": 2}],
+}
+
+
+@pytest.mark.parametrize("field", NOT_YET)
+def test_a_memory_feature_that_is_not_there_yet_is_refused_not_ignored(field: str) -> None:
+    (problem,) = memory_conflicts(MemoryStrategy.model_validate({field: OTHER[field]}))
+    assert problem.where == f"memory.{field}"
+    assert "this version runs only with" in problem.what
+    assert getattr(MemoryStrategy(), field) == NOT_YET[field]
+
+
+def test_ranks_are_refused_while_one_device_is_all() -> None:
+    (line,) = said(2, training={"global_batch_size": 4})
+    assert line == "WORLD_SIZE: 2 ranks were started; this version trains on one device: start one"
+
+
+def test_all_conflicts_come_at_once() -> None:
+    bad = config(
+        memory={"budget": "much", "slices": 2},
+        training={"global_batch_size": 3, "micro_batch_size": 2, "steps": 10},
+        parallel={"sp": 2},
+    )
+    with pytest.raises(ConfigError) as caught:
+        check(bad)
+    assert [problem.where for problem in caught.value.problems] == [
+        "memory.budget",
+        "memory.slices",
+        "training.global_batch_size",
+        "training.warmup_steps",
+        "parallel.sp",
+    ]
+    assert caught.value.exit_status == 2

@@ -1,0 +1,96 @@
+"""Which transformer a run trains, on which share of sigma, and which of its weights."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longtake.config.schema import RunConfig
+from longtake.errors import ConfigError
+from longtake.models.wan.tiny import build_tiny
+from longtake.models.wan.variants import variant
+from longtake.models.wan.weights import ModelFiles
+from longtake.training.model import build_model, choose_expert, find_model
+from runs import CPU, Scene
+
+
+def config(**sections: Any) -> RunConfig:
+    """As little as a config can be."""
+    table = {"model": {"name": "tiny-t2v"}, "data": {"source": "clips"}, "output": {"run": "run"}}
+    return RunConfig.model_validate(table | sections)
+
+
+@pytest.mark.parametrize(("name", "boundary"), [("wan2.2-t2v-a14b", 0.875), ("wan2.2-i2v-a14b", 0.9)])
+def test_an_expert_is_trained_on_its_side_of_the_boundary(name: str, boundary: float) -> None:
+    spec = variant(name).spec
+    high = choose_expert(config(model={"name": name, "expert": "high"}), spec)
+    low = choose_expert(config(model={"name": name, "expert": "low"}), spec)
+    assert high == ("transformer", (boundary, 1.0))
+    assert low == ("transformer_2", (0.0, boundary))
+
+
+def test_one_transformer_is_trained_on_every_sigma() -> None:
+    assert choose_expert(config(), variant("wan2.1-i2v-14b-480p").spec) == ("transformer", (0.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "sections", "where"),
+    [
+        ("wan2.1-t2v-14b", {"model": {"name": "x", "expert": "high"}}, "model.expert"),
+        ("wan2.2-t2v-a14b", {"model": {"name": "x", "expert": "both"}}, "model.expert"),
+        (
+            "wan2.2-t2v-a14b",
+            {"model": {"name": "x", "expert": "low"}, "validation": {"samples": [{"prompt": "a"}]}},
+            "validation.samples",
+        ),
+    ],
+)
+def test_an_expert_that_does_not_fit_the_model_is_refused(name: str, sections: dict[str, Any], where: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        choose_expert(config(**sections), variant(name).spec)
+    (problem,) = raised.value.problems
+    assert problem.where == where
+    assert problem.remedy
+
+
+def two_experts(tiny_root: Callable[[str], Path], folder: Path) -> ModelFiles:
+    """Two tiny transformers of different weights as the experts of one model."""
+    build_tiny("tiny-t2v", folder / "second", seed=1)
+    tiny = variant("tiny-t2v")
+    spec = replace(tiny.spec, experts=("transformer", "transformer_2"), boundary_ratio=0.875)
+    roots = (tiny_root("tiny-t2v"), folder / "second")
+    paths = {name: root / "transformer" for name, root in zip(spec.experts, roots, strict=True)}
+    return ModelFiles(replace(tiny, spec=spec), paths, roots[0])
+
+
+def test_the_chosen_expert_is_the_one_that_is_loaded(tiny_root: Callable[[str], Path], tmp_path: Path) -> None:
+    files = two_experts(tiny_root, tmp_path)
+    weights = {}
+    for expert in ("high", "low"):
+        chosen = config(model={"name": "tiny-t2v", "expert": expert}, lora={"rank": 2})
+        model = build_model(chosen, files, CPU)
+        assert model.sigma_range == ((0.875, 1.0) if expert == "high" else (0.0, 0.875))
+        weights[model.component] = model.transformer.proj_out.weight
+    assert not torch.equal(weights["transformer"], weights["transformer_2"])
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_lora_is_fp32_on_frozen_weights(scenes: Callable[[str], Scene], tmp_path: Path, dtype: str) -> None:
+    chosen = scenes("tiny-i2v").config(tmp_path, model={"dtype": dtype})
+    model = build_model(chosen, find_model(chosen, print), CPU)
+    assert all(".lora_" in name for name in model.parameters)
+    assert {parameter.dtype for parameter in model.parameters.values()} == {torch.float32}
+    assert model.transformer.training
+    frozen = model.transformer.blocks[0].attn1.to_q.base_layer.weight
+    assert frozen.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    assert not frozen.requires_grad
+
+
+def test_without_a_lora_all_weights_are_trained_in_fp32(scenes: Callable[[str], Scene], tmp_path: Path) -> None:
+    chosen = scenes("tiny-i2v").config(tmp_path, lora=None, model={"dtype": "bf16"})
+    model = build_model(chosen, find_model(chosen, print), CPU)
+    assert model.parameters.keys() == variant("tiny-i2v").parameter_shapes().keys()
+    assert {parameter.dtype for parameter in model.parameters.values()} == {torch.float32}
