@@ -76,7 +76,8 @@ def inspect(
         print(json.dumps(found, indent=1))
         return
     for key, value in found.items():
-        print(f"{key:12} {', '.join(map(str, value)) if isinstance(value, list | tuple) else value}")
+        if value not in (None, [], (), ""):
+            print(f"{key:16} {', '.join(map(str, value)) if isinstance(value, list | tuple) else value}")
 
 
 @app.command()

@@ -108,7 +108,7 @@ def test_more_steps_can_be_asked_for_and_the_log_goes_on(scenes: Scenes, tmp_pat
 def test_fp16_goes_on_with_its_scale_and_skips_an_overflow(scenes: Scenes, tmp_path: Path) -> None:
     scene = scenes("tiny-i2v")
     training = {"precision": "fp16", "ema": 0.5, "steps": 4}
-    config = scene.config(tmp_path / "run", training=training, output={"keep": 9})
+    config = scene.config(tmp_path / "run", training=training, output={"keep": 9}, model={"dtype": "fp16"})
     with pytest.raises(RunError, match="stopped by SIGTERM after step 1"):
         scene.train(config, reporter=Stopper(1))
     run = Path(config.output.run)

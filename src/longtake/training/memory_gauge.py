@@ -89,7 +89,7 @@ class _Driver:
         pynvml.nvmlShutdown()
 
     def _own_bytes(self) -> int:
-        """What this process holds already (its CUDA context); 0 where the driver does not tell, as in some containers."""
+        """What this process holds already (its context); 0 where the driver does not tell, as in some containers."""
         processes = pynvml.nvmlDeviceGetComputeRunningProcesses(self.handle)
         return sum(int(process.usedGpuMemory or 0) for process in processes if process.pid == os.getpid())
 

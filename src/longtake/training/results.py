@@ -111,7 +111,7 @@ def sample_to_file(run: Path | None, model: str, lora: Path | None, wish: Wish, 
         attach_adapter(transformers[component], adapter)
     with reporter.bar("sampling", request.steps, "steps") as advance:
         frames = sample(root, spec, transformers, request, device, lambda done: advance(done, ""))
-    files.write_file(out, lambda staged: write_clip(frames, staged, spec.fps))
+    files.write_file(out, lambda staged: write_clip(frames, staged, float(spec.fps)))
 
 
 def _trained_transformer(

@@ -126,7 +126,10 @@ def _budget(config: RunConfig, gauge: MemoryGauge, device: torch.device, reporte
     if config.memory.budget != "auto" and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(wanted / total, device)
-    reporter.line(f"budget: {format_bytes(wanted)}")
+    held = config.memory.budget == "auto" or device.type == "cuda"
+    reporter.line(f"budget: {format_bytes(wanted)}{'' if held else ' (a CPU run is not held to it)'}")
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
+        reporter.line(f"{torch.cuda.device_count()} GPUs are visible and this version uses one of them")
 
 
 def _parts(

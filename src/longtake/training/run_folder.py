@@ -26,7 +26,7 @@ def open_run(config: RunConfig, resume: bool, say: Callable[[str], None]) -> Ite
     """
     run = Path(config.output.run)
     stored = run / CONFIG
-    if run.exists() and any(path.name != LOCK for path in run.iterdir()) and not resume:
+    if not resume and _holds_something(run):
         remedy = "add --resume to continue it, or set another output.run"
         raise ConfigError(Problem("the run folder is not empty", str(run), remedy))
     if resume and not stored.is_file():
@@ -43,6 +43,11 @@ def open_run(config: RunConfig, resume: bool, say: Callable[[str], None]) -> Ite
 def record_config(config: RunConfig, run: Path) -> None:
     """Writes the resolved config; from then on the run has begun and is continued only with `resume`."""
     files.write_text(run / CONFIG, to_toml(config))
+
+
+def _holds_something(run: Path) -> bool:
+    """Whether anything is in the folder but what a process killed before it began leaves there."""
+    return run.exists() and any(path.name != LOCK and files.STAGED not in path.name for path in run.iterdir())
 
 
 def _compare(before: RunConfig, after: RunConfig, say: Callable[[str], None]) -> None:

@@ -140,6 +140,7 @@ class Trainer:
             "host_peak_bytes": memory.host_peak_bytes,
             "planned_peak_bytes": None,
             "device_bytes": memory.device_bytes,
+            "host_bytes": memory.host_bytes,
             "driver_peak_bytes": memory.driver_peak_bytes,
             "num_frames": frames,
             **parts.backend.state(),
@@ -206,6 +207,8 @@ class Trainer:
 
     def _show(self, line: dict[str, Any], advance: Advance) -> None:
         loss = "skipped" if line["loss"] is None else f"{line['loss']:.4f}"
-        memory = f"{format_bytes(line['device_bytes'])} (peak {format_bytes(line['device_peak_bytes'])})"
-        host = f"host peak {format_bytes(line['host_peak_bytes'])}"
-        advance(line["step"], f"loss {loss}  {line['tokens_per_second']:.0f} tokens/s  {memory}  {host}")
+        memory = "  ".join(
+            f"{tier} {format_bytes(line[f'{tier}_bytes'])} (peak {format_bytes(line[f'{tier}_peak_bytes'])})"
+            for tier in ("device", "host")
+        )
+        advance(line["step"], f"loss {loss}  {line['tokens_per_second']:.0f} tokens/s  {memory}")

@@ -54,7 +54,7 @@ class Validation:
             with compute_in(model.transformer, model.spec, self.config.training.precision, self.device):
                 frames = sample(self.root, model.spec, {model.component: model.transformer}, request, self.device)
             path = folder / f"step-{step:08d}-{index}.mp4"
-            files.write_file(path, lambda staged, frames=frames: write_clip(frames, staged, model.spec.fps))  # type: ignore[misc]
+            files.write_file(path, lambda staged, frames=frames: write_clip(frames, staged, float(model.spec.fps)))  # type: ignore[misc]
             files.write_json(path.with_suffix(".json"), {"step": step, "prompt": request.prompt, "seed": request.seed})
             written.append(path)
         return written
