@@ -265,8 +265,6 @@ def main() -> None:
     parser.add_argument("--frames", type=int, nargs="+", default=[49, 81, 129])
     parser.add_argument("--size", default="832x480", help="width x height in pixels")
     parser.add_argument("--rank", type=int, default=32)
-    outside = "rms_norm in bf16: as before torch 2.12, or with its modules kept out of autocast"
-    parser.add_argument("--rms-norm-outside-autocast", action="store_true", help=outside)
     options = parser.parse_args()
     width, height = (int(side) for side in options.size.split("x"))
     started = time.perf_counter()
@@ -277,8 +275,7 @@ def main() -> None:
     print("|---|--:|--:|--:|--:|--:|--:|--:|")
     for name, strategy in STRATEGIES.items():
         for frames in options.frames:
-            in_fp32 = RMS_NORM_IN_FP32 and not options.rms_norm_outside_autocast
-            peak = trace(traced, strategy, meta_batch(model.spec, frames, (width, height)), in_fp32)
+            peak = trace(traced, strategy, meta_batch(model.spec, frames, (width, height)))
             print(row(name, frames, model.spec.tokens(frames, height, width), peak), flush=True)
     seconds, resident = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"\ntraced in {seconds:.0f} s, {resident / 2**20:.2f} GiB resident; torch {torch.__version__}")

@@ -35,7 +35,7 @@ UNSEEN_STARTS = (36.0, 84.5, 382.0, 446.5)
 WEIGHTS = Path(__file__).parents[1] / "src/longtake/models/wan/weights"
 STORED = (320, 192)
 FRAMES = 17
-STRIDE = 8
+STRIDE = 16
 
 
 def write_shots(film: Path, folder: Path) -> tuple[Path, Path]:

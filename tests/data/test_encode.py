@@ -1,0 +1,288 @@
+"""`prepare`: what it caches, what makes it encode again, and that it can be interrupted, shared and trusted."""
+
+import gc
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+from longtake.data.cache import Cache, Manifest
+from longtake.data.encode import component_root, load_manifest
+from longtake.data.video import Window, read_clip
+from longtake.errors import CacheError, DataError, ModelError
+from longtake.models.wan.encoders import encode_video, load_vae, normalise_pixels
+from longtake.models.wan.tiny import build_tiny
+from runs import CPU, SIDE, Recorder, Scene, draw_clip, scene
+
+Make = Callable[..., Scene]
+
+
+@pytest.fixture
+def make(tiny_root: Callable[[str], Path], tmp_path: Path) -> Make:
+    """A scene of a few clips with an empty cache."""
+    return lambda model="tiny-i2v", count=2: scene(model, tiny_root(model), tmp_path, count)
+
+
+def entries(cache: Path) -> dict[str, bytes]:
+    """Every entry's content by its name."""
+    found = {path.relative_to(cache).as_posix(): path.read_bytes() for path in cache.rglob("*.safetensors")}
+    return dict(sorted(found.items()))
+
+
+def made_by(scene: Scene, **sections: Any) -> set[str]:
+    """Kinds and keys of the entries that preparing anew adds."""
+    before = entries(scene.cache)
+    assert scene.prepare(scene.config(scene.cache / "run", **sections)) is not None
+    after = entries(scene.cache)
+    assert all(after[name] == content for name, content in before.items())
+    return after.keys() - before.keys()
+
+
+def kinds(names: set[str]) -> dict[str, int]:
+    """How many entries of each kind."""
+    return {kind: sum(name.startswith(f"{kind}/") for name in names) for kind in ("latents", "images", "texts")}
+
+
+@pytest.mark.parametrize(
+    ("model", "latents", "images"),
+    [
+        ("tiny-t2v", {"latents": (16, 2, 4, 4)}, None),
+        ("tiny-ti2v", {"latents": (48, 2, 2, 2)}, None),
+        ("tiny-i2v", {"latents": (16, 2, 4, 4), "condition": (20, 2, 4, 4)}, (17, 64)),
+        ("tiny-flf2v", {"latents": (16, 2, 4, 4), "condition": (20, 2, 4, 4)}, (34, 64)),
+    ],
+)
+def test_an_entry_holds_what_its_task_needs_and_no_more(
+    make: Make, model: str, latents: dict[str, Any], images: tuple[int, int] | None
+) -> None:
+    scene = make(model)
+    manifest = scene.prepare(scene.config(scene.cache / "run"))
+    assert manifest is not None
+    cache = Cache(scene.cache)
+    for entry in manifest.entries:
+        tensors = cache.read("latents", entry.latents)
+        assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == latents
+        assert bool(entry.image) == (images is not None)
+        if images is not None:
+            assert tuple(cache.read("images", entry.image)["image_embeds"].shape) == images
+        assert len(cache.read("texts", entry.text)["prompt_embeds"]) == len(entry.prompt) + 1
+    assert len(cache.read("texts", manifest.empty_text)["prompt_embeds"]) == 1
+    assert (scene.cache / "images").exists() == (images is not None)
+
+
+def test_the_latents_are_the_vaes_of_the_window_and_the_condition_its_first_frame(make: Make) -> None:
+    scene = make()
+    manifest = scene.prepare(scene.config(scene.cache / "run"))
+    assert manifest is not None
+    vae, cache = load_vae(scene.root, CPU), Cache(scene.cache)
+    first = next(entry for entry in manifest.entries if entry.prompt == "clip 0")
+    tensors = cache.read("latents", first.latents)
+    windows = [read_clip(scene.source / "0.mp4", Window(i / 1000, 5, 16.0), (SIDE, SIDE)) for i in range(0, 1190, 62)]
+    starts = [frames for frames in windows if torch.equal(_encoded(vae, frames), tensors["latents"])]
+    assert starts, "the latents are those of a window of the clip"
+    grey = torch.zeros(1, 3, 5, SIDE, SIDE)
+    grey[:, :, 0] = normalise_pixels(starts[0][0])
+    assert torch.equal(tensors["condition"][4:], encode_video(vae, grey)[0])
+    assert torch.equal(tensors["condition"][:4, 0], torch.ones(4, 4, 4))
+    assert not tensors["condition"][:4, 1:].any()
+
+
+def _encoded(vae: AutoencoderKLWan, frames: torch.Tensor) -> torch.Tensor:
+    return encode_video(vae, normalise_pixels(frames).permute(1, 0, 2, 3)[None])[0]
+
+
+def test_a_second_time_nothing_is_encoded(make: Make) -> None:
+    scene = make()
+    config = scene.config(scene.cache / "run")
+    first = scene.prepare(config)
+    said = Recorder()
+    assert scene.prepare(config, said) == first
+    assert said.lines == ["video latents: all 2 cached", "images: all 2 cached", "captions: all 3 cached"]
+    assert load_manifest(config, scene.spec, scene.root, print) == first
+
+
+def test_no_training_flag_is_in_a_key(make: Make) -> None:
+    scene = make()
+    assert kinds(made_by(scene)) == {"latents": 2, "images": 2, "texts": 3}
+    flags: dict[str, Any] = {
+        "lora": None,
+        "training": {"steps": 9, "learning_rate": 1.0, "precision": "bf16", "shift": 5.0, "ema": 0.5},
+        "data": {"caption_dropout": 0.5, "validation": 0.5},
+        "memory": {"gradient_checkpointing": "none"},
+        "validation": {"every": 3},
+        "output": {"run": "elsewhere", "keep": 9},
+    }
+    for section, changes in flags.items():
+        assert not made_by(scene, **{section: changes}), section
+
+
+def test_what_matters_encodes_exactly_the_entries_concerned(make: Make, tmp_path: Path) -> None:
+    scene = make()
+    made_by(scene)
+    assert kinds(made_by(scene, data={"size": (64, 32)})) == {"latents": 2, "images": 2, "texts": 0}
+    assert kinds(made_by(scene, data={"num_frames": 9}))["texts"] == 0
+    assert kinds(made_by(scene, data={"num_frames": 9, "frames_schedule": ((0, 5), (1, 9))})) == dict.fromkeys(
+        ("latents", "images", "texts"), 0
+    )
+    (scene.source / "0.txt").write_text("another caption")
+    assert kinds(made_by(scene))["texts"] == 1
+    draw_clip(scene.source / "1.mp4", 7)
+    (scene.source / "1.txt").write_text("clip 1")
+    assert kinds(made_by(scene)) == {"latents": 1, "images": 1, "texts": 0}
+
+
+@pytest.mark.parametrize(
+    ("component", "expected"),
+    [
+        ("vae", {"latents": 2, "images": 0, "texts": 0}),
+        ("image_encoder", {"latents": 0, "images": 2, "texts": 0}),
+        ("text_encoder", {"latents": 0, "images": 0, "texts": 3}),
+        ("transformer", {"latents": 0, "images": 0, "texts": 0}),
+    ],
+)
+def test_another_encoder_encodes_what_it_encodes(
+    make: Make, tmp_path: Path, component: str, expected: dict[str, int]
+) -> None:
+    scene = make()
+    made_by(scene)
+    changed = tmp_path / "changed"
+    shutil.copytree(scene.root, changed)
+    shutil.rmtree(changed / component)
+    shutil.copytree(build_tiny("tiny-i2v", tmp_path / "other", seed=1) / component, changed / component)
+    assert kinds(made_by(Scene(scene.model, changed, scene.source, scene.cache))) == expected
+
+
+def test_equal_clips_and_equal_captions_are_stored_once(make: Make) -> None:
+    scene = make(count=1)
+    shutil.copy(scene.source / "0.mp4", scene.source / "0-again.mp4")
+    (scene.source / "0-again.txt").write_text("clip 0")
+    manifest = scene.prepare(scene.config(scene.cache / "run", data={"num_frames": 21}))
+    assert manifest is not None
+    assert len(manifest.entries) == 2
+    assert kinds(set(entries(scene.cache)))["texts"] == 2
+    assert len({entry.clip for entry in manifest.entries}) == 1, "they are held out together"
+
+
+class Interrupted(Recorder):
+    """Ends like Ctrl-C after `count` entries."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.left = count
+
+    @contextmanager
+    def bar(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+        """A bar that interrupts."""
+
+        def advance(_done: int, _text: str) -> None:
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+        yield advance
+
+
+def test_it_goes_on_where_it_was_interrupted(make: Make, tmp_path: Path) -> None:
+    scene = make(count=3)
+    config = scene.config(scene.cache / "run")
+    for count, expected in ((2, 2), (1, 3), (4, 7)):
+        with pytest.raises(KeyboardInterrupt):
+            scene.prepare(config, Interrupted(count))
+        assert len(entries(scene.cache)) == expected
+        with pytest.raises(CacheError):
+            load_manifest(config, scene.spec, scene.root, print)
+    interrupted = entries(scene.cache)
+    manifest = scene.prepare(config)
+    whole = Scene(scene.model, scene.root, scene.source, tmp_path / "whole")
+    assert whole.prepare(whole.config(tmp_path)) == manifest
+    assert entries(scene.cache) == entries(whole.cache)
+    assert all(entries(scene.cache)[name] == content for name, content in interrupted.items())
+
+
+def test_ranks_share_the_work_and_make_the_same_cache_as_one_process(make: Make, tmp_path: Path) -> None:
+    scene = make(count=3)
+    config = scene.config(scene.cache / "run")
+    assert scene.prepare(config, ranks=(0, 2)) is None
+    first = entries(scene.cache)
+    assert kinds(set(first)) == {"latents": 2, "images": 2, "texts": 2}
+    manifest = scene.prepare(config, ranks=(1, 2))
+    assert manifest is not None
+    whole = Scene(scene.model, scene.root, scene.source, tmp_path / "whole")
+    assert whole.prepare(whole.config(tmp_path)) == manifest
+    assert entries(scene.cache) == entries(whole.cache)
+    assert all(entries(scene.cache)[name] == content for name, content in first.items())
+
+
+def with_a_clip_that_breaks_off(scene: Scene) -> None:
+    """A clip whose header promises more than is there, and a copy of it."""
+    good = draw_clip(scene.source / "broken.mp4", 90, frames=40)
+    content = good.read_bytes()
+    start = content.index(b"mdat") + 40
+    for name in ("broken", "copy"):
+        (scene.source / f"{name}.mp4").write_bytes(
+            content[:start] + bytes(len(content) - start - 3000) + content[-3000:]
+        )
+        (scene.source / f"{name}.txt").write_text(name)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_clip_that_cannot_be_encoded_is_left_out_and_said(make: Make, ranks: int) -> None:
+    scene = make("tiny-t2v", 20)
+    with_a_clip_that_breaks_off(scene)
+    said, manifest = Recorder(), None
+    config = scene.config(scene.cache / "run", data={"num_frames": 21})
+    for rank in range(ranks):
+        manifest = scene.prepare(config, said, ranks=(rank, ranks))
+    assert manifest is not None
+    assert {entry.prompt for entry in manifest.entries} == {f"clip {index}" for index in range(20)}
+    assert said.having("left out")
+    assert all("broken.mp4" in line or "copy.mp4" in line for line in said.having("left out"))
+
+
+def test_too_many_of_them_are_an_error(make: Make) -> None:
+    scene = make("tiny-t2v", 3)
+    with_a_clip_that_breaks_off(scene)
+    with pytest.raises(DataError, match="2 of 5 clips cannot be used, more than 10%"):
+        scene.prepare(scene.config(scene.cache / "run", data={"num_frames": 21}))
+
+
+class Watching(Recorder):
+    """Counts the VAEs in memory when each pass begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vaes: dict[str, int] = {}
+
+    @contextmanager
+    def bar(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+        """A bar that looks around."""
+        self.vaes[title] = sum(isinstance(found, AutoencoderKLWan) for found in gc.get_objects())
+        yield lambda _done, _text: None
+
+
+def test_one_encoder_at_a_time_is_in_memory(make: Make) -> None:
+    scene, watching = make(), Watching()
+    gc.collect()
+    before = sum(isinstance(found, AutoencoderKLWan) for found in gc.get_objects())
+    scene.prepare(scene.config(scene.cache / "run"), watching)
+    assert watching.vaes == {"video latents": before + 1, "images": before, "captions": before}
+
+
+def test_a_transformer_alone_is_not_enough() -> None:
+    with pytest.raises(ModelError, match=r"model\.components"):
+        component_root(None, "model.components")
+
+
+def test_a_manifest_lists_clips_in_their_buckets(make: Make) -> None:
+    scene = make()
+    schedule = {"num_frames": 9, "frames_schedule": ((0, 5), (1, 9))}
+    manifest = scene.prepare(scene.config(scene.cache / "run", data=schedule))
+    assert isinstance(manifest, Manifest)
+    assert sorted((entry.prompt, entry.bucket, entry.stages) for entry in manifest.entries) == [
+        (f"clip {index}", (frames, SIDE, SIDE), (frames,)) for index in range(2) for frames in (5, 9)
+    ]
