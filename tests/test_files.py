@@ -173,7 +173,7 @@ def test_a_place_that_takes_no_file_is_a_run_error(tmp_path: Path) -> None:
         lambda path: files.write_text(path, "x"),
         lambda path: files.write_folder(path, lambda staged: None),
     ):
-        with pytest.raises(RunError, match="below: cannot write: .*file is no folder; give another place") as caught:
+        with pytest.raises(RunError, match=r"below: cannot write: .*file is no folder; give another place") as caught:
             write(tmp_path / "file" / "below")
         assert caught.value.exit_status == 1
         assert len(caught.value.problems) == 1

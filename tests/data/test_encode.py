@@ -235,7 +235,7 @@ def test_a_clip_that_cannot_be_encoded_is_left_out_and_said(make: Make, ranks: i
     scene = make("tiny-t2v", 20)
     with_a_clip_that_breaks_off(scene)
     said, manifest = Recorder(), None
-    config = scene.config(scene.cache / "run", data={"num_frames": 21})
+    config = scene.config(scene.cache / "run")
     for rank in range(ranks):
         manifest = scene.prepare(config, said, ranks=(rank, ranks))
     assert manifest is not None
@@ -248,7 +248,7 @@ def test_too_many_of_them_are_an_error(make: Make) -> None:
     scene = make("tiny-t2v", 3)
     with_a_clip_that_breaks_off(scene)
     with pytest.raises(DataError, match="2 of 5 clips cannot be used, more than 10%"):
-        scene.prepare(scene.config(scene.cache / "run", data={"num_frames": 21}))
+        scene.prepare(scene.config(scene.cache / "run"))
 
 
 class Watching(Recorder):
@@ -261,14 +261,14 @@ class Watching(Recorder):
     @contextmanager
     def bar(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[[int, str], None]]:
         """A bar that looks around."""
-        self.vaes[title] = sum(isinstance(found, AutoencoderKLWan) for found in gc.get_objects())
+        self.vaes[title] = sum(type(found) is AutoencoderKLWan for found in gc.get_objects())
         yield lambda _done, _text: None
 
 
 def test_one_encoder_at_a_time_is_in_memory(make: Make) -> None:
     scene, watching = make(), Watching()
     gc.collect()
-    before = sum(isinstance(found, AutoencoderKLWan) for found in gc.get_objects())
+    before = sum(type(found) is AutoencoderKLWan for found in gc.get_objects())
     scene.prepare(scene.config(scene.cache / "run"), watching)
     assert watching.vaes == {"video latents": before + 1, "images": before, "captions": before}
 

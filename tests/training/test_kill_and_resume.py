@@ -66,6 +66,7 @@ def ask(scenes: Callable[[str], Scene], tmp_path: Path) -> Iterator[Ask]:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)  # 40 seconds on idle cores
 def test_a_run_killed_at_any_moment_and_resumed_ends_to_the_bit_as_without(
     scenes: Callable[[str], Scene], tmp_path: Path, ask: Ask
 ) -> None:

@@ -70,7 +70,7 @@ class Cache:
         for name, tensor in tensors.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise CacheError(Problem(f"{name} has values that are not finite", f"{kind}/{key}", "look at the clip"))
-        metadata = {"format": str(FORMAT), "content": _content(tensors)}
+        metadata = {"content": _content(tensors)}  # one key: the library writes several in any order
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         files.write_file(self._path(kind, key), lambda path: save_file(contiguous, path, metadata))
 

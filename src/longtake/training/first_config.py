@@ -35,20 +35,19 @@ def write_first_config(model: str, source: Path, output: Path, reporter: Reporte
         raise ConfigError(Problem("the file exists", str(output), "choose another name with -o"))
     variant, section = _model(model)
     infos = _probe_all(source, variant, reporter)
-    precision = _precision()
+    precision = _precision(variant)
     num_frames = _frames(infos, variant)
     config = RunConfig(
         model=section.model_copy(update={"dtype": precision}),
-        data=DataConfig(
-            source=str(source.resolve()), num_frames=num_frames, size=variant.size, cache=_beside(output, "cache")
-        ),
+        data=DataConfig(source=_seen_from(output, source), num_frames=num_frames, size=variant.size, cache="cache"),
         lora=LoraConfig(),
         training=TrainingConfig(shift=variant.shift, precision=precision),
         validation=ValidationConfig(),
-        output=OutputConfig(run=_beside(output, f"runs/{output.stem}")),
+        output=OutputConfig(run=f"runs/{output.stem}"),
     )
+    clips, (width, height) = "1 clip" if len(infos) == 1 else f"{len(infos)} clips", variant.size
     header = (
-        f"# LoRA of {variant.name} on {len(infos)} clips: {num_frames} frames of {variant.size[0]}x{variant.size[1]}.\n"
+        f"# LoRA of {variant.name} on {clips}: {num_frames} frames of {width}x{height}.\n"
         f"# First `longtake prepare {output.name}`, then `longtake train {output.name}`.\n"
         "# Paths are relative to this file. Remove [lora] to train all weights.\n\n"
     )
@@ -91,9 +90,12 @@ def _frames(infos: list[ClipInfo], variant: WanVariant) -> int:
     return max(1, (most - 1) // 4 * 4 + 1)
 
 
-def _precision() -> Precision:
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+def _precision(variant: WanVariant) -> Precision:
+    """bf16, as the published weights are trained; fp32 for a model so small that a CPU trains it."""
+    return "bf16" if variant.parameters > 10**8 or torch.cuda.is_available() else "fp32"
 
 
-def _beside(output: Path, name: str) -> str:
-    return str(output.resolve().parent / name)
+def _seen_from(output: Path, path: Path) -> str:
+    """`path` relative to the folder of `output` where it lies inside, else absolute."""
+    full, folder = path.resolve(), output.resolve().parent
+    return str(full.relative_to(folder)) if full.is_relative_to(folder) else str(full)

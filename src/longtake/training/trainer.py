@@ -84,11 +84,11 @@ class Trainer:
         with parts.reporter.bar("training", training.steps, "steps", first_step) as advance:
             for step, samples in loader.steps(first_step):
                 self._show(self._step(step, samples), advance)
-                done = step + 1
-                if done == training.steps or self.stop.signal or done % parts.config.output.save_every == 0:
+                done, stopped = step + 1, self.stop.signal  # read once: a signal may come at any line
+                if done == training.steps or stopped or done % parts.config.output.save_every == 0:
                     self.save(done)
-                if self.stop.signal:
-                    what = f"stopped by {self.stop.signal} after step {done}, which is saved"
+                if stopped:
+                    what = f"stopped by {stopped} after step {done}, which is saved"
                     raise RunError(Problem(what, str(parts.run), "continue with --resume"))
                 if self._to_look(done):
                     self._validate(done)
