@@ -17,16 +17,17 @@ import random
 import time
 from pathlib import Path
 
-import av
-import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from torch.nn import functional
 
+from longtake.data.video import Window, read_clip
+
 FPS = 16
 SIZE = (64, 112)
 FULL_VIEW = (90, 160)
-DEMO_VIEW = (96, 171)
+DEMO_VIEW = (96, 170)
+DEMO = (96, 160)
 UNSEEN_STARTS = (36.0, 84.5, 382.0, 446.5)
 EXTRA_SECONDS = (130.0, 350.0)
 SHOTS = Path(__file__).parents[1] / "src/longtake/demo/shots.jsonl"
@@ -44,24 +45,10 @@ def spans(unseen: bool) -> list[tuple[float, float]]:
     return [*trimmed, EXTRA_SECONDS]
 
 
-def decode(film: Path, start: float, end: float, size: tuple[int, int]) -> torch.Tensor:
-    """Frames of [start, end) at 16 fps as uint8 [frames, 3, height, width], cover-scaled by swscale (area)."""
-    frames = []
-    with av.open(str(film)) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        container.seek(int(start / stream.time_base), stream=stream)
-        wanted = start
-        for frame in container.decode(stream):
-            if frame.time + 1e-6 < wanted:
-                continue
-            if wanted >= end - 1e-6:
-                break
-            frames.append(
-                frame.reformat(width=size[1], height=size[0], format="rgb24", interpolation="AREA").to_ndarray()
-            )
-            wanted += 1 / FPS
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
+def decode(film: Path, span: tuple[float, float], view: tuple[int, int]) -> torch.Tensor:
+    """Frames of [start, end) at 16 fps, scaled as every clip is: uint8 [frames, 3, height, width]."""
+    start, end = span
+    return read_clip(film, Window(start, int((end - start) * FPS), float(FPS)), (view[1], view[0]))
 
 
 class Clips:
@@ -178,9 +165,9 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
 
     def runs(view: tuple[int, int]) -> list[torch.Tensor]:
-        return [decode(arguments.film, *span, view) for span in spans(unseen=False)]
+        return [decode(arguments.film, span, view) for span in spans(unseen=False)]
 
-    unseen = [decode(arguments.film, *span, DEMO_VIEW)[..., 5:165] for span in spans(unseen=True)]
+    unseen = [decode(arguments.film, span, DEMO) for span in spans(unseen=True)]
     if arguments.start:
         vae = AutoencoderKLWan.from_pretrained(arguments.start, torch_dtype=torch.float32)
     else:

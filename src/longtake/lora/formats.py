@@ -79,7 +79,7 @@ def looks_like_lora(keys: Iterable[str]) -> bool:
 
 def adapter_metadata(modules: Iterable[str], rank: int, alpha: float) -> dict[str, str]:
     """The entry of a file's metadata from which diffusers takes rank and alpha; its format has no `.alpha` keys."""
-    config = {"r": rank, "lora_alpha": float(alpha), "target_modules": list(modules)}
+    config = {"r": rank, "lora_alpha": float(alpha), "target_modules": sorted(modules)}
     text = json.dumps({f"{_METADATA_PREFIX}{name}": value for name, value in config.items()}, sort_keys=True)
     return {_ADAPTER_METADATA: text}
 

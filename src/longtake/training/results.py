@@ -101,11 +101,14 @@ def sample_to_file(run: Path | None, model: str, lora: Path | None, wish: Wish, 
     spec = model_files.variant.spec
     root = component_root(model_files.root, "model.components")
     check_request(request, spec)
-    transformers = {name: load_transformer(model_files, name, DTYPES[precision], device) for name in spec.experts}
+    transformers = {}
     if run is not None:
         component, _ = choose_expert(config, spec)
         transformers[component] = _trained_transformer(run, config, model_files, device, reporter, merged=False)
-    elif lora is not None:
+    for name in spec.experts:
+        if name not in transformers:
+            transformers[name] = load_transformer(model_files, name, DTYPES[precision], device)
+    if lora is not None:
         adapter = read_adapter(lora)
         component = _expert_of(adapter, lora, spec)
         attach_adapter(transformers[component], adapter)

@@ -26,7 +26,7 @@ from longtake.training.memory_gauge import MemoryGauge
 from longtake.training.metrics import Metrics
 from longtake.training.model import TrainedModel, build_model, choose_expert, find_model
 from longtake.training.optimizer import MovingAverage, build_optimizer
-from longtake.training.run_folder import open_run, record_config
+from longtake.training.run_folder import check_run, open_run, record_config
 from longtake.training.trainer import Parts, Trainer
 from longtake.training.validation import Validation
 from longtake.units import format_bytes, parse_bytes
@@ -41,6 +41,7 @@ def train(config: RunConfig, resume: bool, reporter: Reporter) -> Path:
     """
     _, ranks = world()
     check(config, ranks)
+    check_run(config, resume, lambda _text: None)  # before anything slow; said when the run is opened
     device = local_device()
     model_files = find_model(config, reporter.line)
     spec = model_files.variant.spec

@@ -18,12 +18,8 @@ FREE_TO_CHANGE = ("output.", "validation.", "memory.", "training.steps", "traini
 """Keys that a resumed run may change: they do not decide what a step computes, but for `steps`, which is said."""
 
 
-@contextmanager
-def open_run(config: RunConfig, resume: bool, say: Callable[[str], None]) -> Iterator[Path]:
-    """The run's folder, held against other processes, without what a killed one left half written.
-
-    Raises ConfigError where the folder is there without `resume`, is in use, or was made by another config.
-    """
+def check_run(config: RunConfig, resume: bool, say: Callable[[str], None]) -> None:
+    """Raises ConfigError where the run's folder is there without `resume`, or was made by another config."""
     run = Path(config.output.run)
     stored = run / CONFIG
     if not resume and _holds_something(run):
@@ -33,7 +29,21 @@ def open_run(config: RunConfig, resume: bool, say: Callable[[str], None]) -> Ite
         raise ConfigError(Problem("there is no run to resume", str(run), "leave out --resume"))
     if resume:
         _compare(load_config(stored), config, say)
-    run.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def open_run(config: RunConfig, resume: bool, say: Callable[[str], None]) -> Iterator[Path]:
+    """The run's folder, held against other processes, without what a killed one left half written.
+
+    Raises ConfigError as `check_run` does, and where the folder is in use or cannot be made.
+    """
+    check_run(config, resume, say)
+    run = Path(config.output.run)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"the run folder cannot be made ({error.strerror})"
+        raise ConfigError(Problem(what, str(run), "set another output.run")) from None
     with _held(run):
         for folder in (run, run / CHECKPOINTS, run / "samples"):
             files.remove_staged(folder)
