@@ -23,7 +23,7 @@ endif
 .PHONY: help demo test test-fast check bench clean
 
 help:
-	@echo "make demo       prepare real clips, train the tiny model on them, sample it: about five minutes on two cores"
+	@echo "make demo       prepare real clips, train the tiny model on them, sample it: a minute or two on two cores"
 	@echo "make test       make check, and every test but the slow ones"
 	@echo "make test-fast  the tests that take seconds"
 	@echo "make check      ruff, mypy, import-linter"
