@@ -2,8 +2,9 @@
 
     python benchmarks/tiny_models.py
 
-Prints the VAE's PSNR at several sizes, and for a video sampled by tiny-i2v from each unseen shot's first frame its PSNR
-against that shot, against the nearest other shot, and that of a still image: the first frame repeated.
+Prints the VAE's PSNR at several sizes, of whole shots in one piece and of clips as long as the model's; and for a video
+sampled by tiny-i2v from each unseen shot's first frame its PSNR against that shot, against the nearest other shot, and
+that of a still image: the first frame repeated.
 """
 
 import sys
@@ -31,7 +32,16 @@ def main() -> None:
     for size in SIZES:
         clips = [read_clip(path, Window(start, 81, 16.0), size) for start in UNSEEN_STARTS]
         found = [frame_psnr(reconstruct(vae, clip), clip) for clip in clips]
-        print(f"VAE at {size[0]}x{size[1]}: {sum(found) / len(found):.2f} dB ({', '.join(f'{x:.1f}' for x in found)})")
+        print(
+            f"VAE at {size[0]}x{size[1]}, 81 frames: {sum(found) / len(found):.2f} dB "
+            f"({', '.join(f'{x:.1f}' for x in found)})"
+        )
+    pieces = [
+        frame_psnr(reconstruct(vae, shot[first : first + FRAMES]), shot[first : first + FRAMES])
+        for shot in unseen_shots(path, 81).values()
+        for first in range(0, 81 - FRAMES + 1, FRAMES - 1)
+    ]
+    print(f"VAE at {SIZE[0]}x{SIZE[1]}, clips of {FRAMES} frames: {sum(pieces) / len(pieces):.2f} dB")
     unseen = unseen_shots(path, FRAMES)
     captions = {shot["start"]: shot["caption"] for shot in shots()}
     files = locate(ModelConfig(name="tiny-i2v", dtype="fp32"), tiny.bundled, print)
