@@ -112,7 +112,7 @@ def test_a_config_that_is_none(tmp_path: Path, command: str, content: bytes | No
         (["--num-frames"], "Option '--num-frames' requires an argument"),
         (["--lora_rnk", "4"], "longtake train: No such option: --lora_rnk"),
         (["--height", "-8"], "--height: must be greater than 0, not -8"),
-        (["--use-gradient-checkpointing-offload", "--set", "memory.slices=2"], "memory.slices: this version runs only"),
+        (["--use-gradient-checkpointing-offload", "--set", "memory.block_swap=2"], "2 buffers save nothing; use 0, or"),
         (["--training-strategy", "ddp"], "parallel.strategy: this version trains on one device"),
         (["--set", "training.warmup_steps=2"], "training.warmup_steps: the warm-up is as long as the run; at most 1"),
     ],

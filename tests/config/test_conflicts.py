@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from longtake.config.conflicts import NOT_YET, check, conflicts, memory_conflicts
-from longtake.config.schema import MemoryStrategy, RunConfig
+from longtake.config.conflicts import check, conflicts
+from longtake.config.schema import RunConfig
 from longtake.errors import ConfigError
 
 SMALLEST: dict[str, dict[str, Any]] = {
@@ -64,7 +64,54 @@ def test_a_micro_batch_that_divides_is_fine(micro: int) -> None:
             {"memory": {"activation_offload_fraction": 0.5}},
             'memory.activation_offload_fraction: the fraction would be ignored; set memory.activation_offload = "host"',
         ),
-        ({"memory": {"gradient_checkpointing": "block_keep_attention"}}, "memory.gradient_checkpointing: this version"),
+        (
+            {"memory": {"gradient_checkpointing": "none", "block_swap": 9}},
+            "memory.block_swap: autograd would keep the weights that are streamed without gradient checkpointing; set",
+        ),
+        (
+            {"memory": {"gradient_checkpointing": "none", "checkpoint_every": 2}},
+            "memory.checkpoint_every: there are no segments without gradient checkpointing; set memory.gradient_check",
+        ),
+        ({"memory": {"block_swap": 2}}, "memory.block_swap: 2 blocks through a ring of 2 buffers save nothing; use 0,"),
+        (
+            {"memory": {"block_swap": 4, "checkpoint_every": 3}},
+            "memory.block_swap: 4 blocks through a ring of 4 buffers save nothing; use 0, or at least 5",
+        ),
+        ({"memory": {"block_swap_from": "disk"}}, "memory.block_swap_from: it would be ignored; set memory.block_swap"),
+        (
+            {"memory": {"slices": 2, "checkpoint_every": 2}},
+            "memory.checkpoint_every: a block in slices is a segment of its own; leave it out, or memory.slices and",
+        ),
+        (
+            {"memory": {"optimizer": "adamw8bit", "optimizer_offload": True}},
+            "memory.optimizer_offload: 8-bit states are small and stay on the device; leave it out, or use memory.opt",
+        ),
+        (
+            {"memory": {"fallbacks": [{"fallbacks": [{}]}]}},
+            "memory.fallbacks[0].fallbacks: fallbacks have none of their own; write them one after the other",
+        ),
+        (
+            {"memory": {"fallbacks": [{}, {"quantization": "int8"}]}},
+            "memory.fallbacks[1].quantization: a run cannot change it on its way from 'none'; make them equal",
+        ),
+        ({"memory": {"fallbacks": [{"budget": "1GiB"}]}}, "memory.fallbacks[0].budget: a run has one budget; leave it"),
+        (
+            {"memory": {"fallbacks": [{"block_swap": 1}]}},
+            "memory.fallbacks[0].block_swap: 1 blocks through a ring of 2 buffers save nothing; use 0, or at least 3",
+        ),
+        ({"lora": None, "memory": {"block_swap": 9}}, "memory.block_swap: all weights are trained, none can be stream"),
+        (
+            {"lora": None, "memory": {"fallbacks": [{"block_swap": 9}]}},
+            "memory.fallbacks[0].block_swap: all weights are trained, none can be streamed; leave it out",
+        ),
+        (
+            {"lora": None, "memory": {"quantization": "nf4"}},
+            "memory.quantization: weights that are trained cannot be quantised; leave it out, or add a section [lora]",
+        ),
+        (
+            {"lora": {"dropout": 0.1}, "memory": {"slices": 2}},
+            "memory.slices: a block in slices would draw its dropout differently; leave it out, or lora.dropout",
+        ),
         ({"data": {"frames_schedule": [[5, 81]]}}, "data.frames_schedule: the first stage must start at step 0; write"),
         (
             {"data": {"frames_schedule": [[0, 17], [9, 33], [9, 81]]}},
@@ -103,6 +150,10 @@ def test_each_conflict_is_one_line_with_a_way_out(changes: dict[str, Any], line:
         {"data": {"frames_schedule": [[0, 17], [200, 49], [500, 81]]}},
         {"memory": {"activation_offload": "disk", "activation_offload_fraction": 0.5}},
         {"memory": {"gradient_checkpointing": "none"}},
+        {"memory": {"gradient_checkpointing": "block_keep_attention", "block_swap": 40, "block_swap_from": "disk"}},
+        {"memory": {"slices": 8, "attention_head_groups": 2, "quantization": "int8", "optimizer": "adamw8bit"}},
+        {"memory": {"fallbacks": [{"block_swap": 40}, {"block_swap": 40, "slices": 16}], "optimizer_offload": False}},
+        {"lora": None, "memory": {"optimizer_offload": True, "slices": 4, "checkpoint_every": 1}},
         {"memory": {"budget": "24 GiB"}},
         {"lora": None, "training": {"precision": "fp32"}},
         {"model": {"dtype": "fp32"}, "training": {"precision": "fp32"}},
@@ -114,27 +165,6 @@ def test_what_goes_together_is_let_through(changes: dict[str, Any]) -> None:
     assert said(**changes) == []
 
 
-OTHER = {
-    "checkpoint_every": 2,
-    "block_swap": 3,
-    "block_swap_from": "disk",
-    "slices": 2,
-    "attention_head_groups": 2,
-    "quantization": "int8",
-    "optimizer": "adamw8bit",
-    "optimizer_offload": True,
-    "fallbacks": [{"slices": 2}],
-}
-
-
-@pytest.mark.parametrize("field", NOT_YET)
-def test_a_memory_feature_that_is_not_there_yet_is_refused_not_ignored(field: str) -> None:
-    (problem,) = memory_conflicts(MemoryStrategy.model_validate({field: OTHER[field]}))
-    assert problem.where == f"memory.{field}"
-    assert "this version runs only with" in problem.what
-    assert getattr(MemoryStrategy(), field) == NOT_YET[field]
-
-
 def test_ranks_are_refused_while_one_device_is_all() -> None:
     (line,) = said(2, training={"global_batch_size": 4})
     assert line == "WORLD_SIZE: 2 ranks were started; this version trains on one device: start one"
@@ -142,7 +172,7 @@ def test_ranks_are_refused_while_one_device_is_all() -> None:
 
 def test_all_conflicts_come_at_once() -> None:
     bad = config(
-        memory={"budget": "much", "slices": 2},
+        memory={"budget": "much", "block_swap": 2},
         training={"global_batch_size": 3, "micro_batch_size": 2, "steps": 10},
         parallel={"sp": 2},
     )
@@ -150,7 +180,7 @@ def test_all_conflicts_come_at_once() -> None:
         check(bad)
     assert [problem.where for problem in caught.value.problems] == [
         "memory.budget",
-        "memory.slices",
+        "memory.block_swap",
         "training.global_batch_size",
         "training.warmup_steps",
         "parallel.sp",

@@ -1,10 +1,14 @@
 """The engine of one device: gradients, norm and clipping, updates and skips, the fp16 scale."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from longtake.distributed.backend import Backend, SingleDevice, world
+from longtake.distributed.backend import Backend, SingleDevice, any_rank, world
 
 CPU = torch.device("cpu")
 
@@ -102,3 +106,28 @@ def test_the_world_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert world() == (3, 8)
+
+
+RANK = """
+import sys
+import torch.distributed as ranks
+from longtake.distributed.backend import any_rank
+rank = int(sys.argv[1])
+ranks.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+print(any_rank(rank == 1), any_rank(False), any_rank(True))
+ranks.destroy_process_group()
+"""
+
+
+def test_what_one_rank_says_all_hear(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", RANK]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "meet")], stdout=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    assert [process.communicate(timeout=60)[0].split() for process in processes] == [["True", "False", "True"]] * 2
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_process_alone_hears_itself(flag: bool) -> None:
+    assert any_rank(flag) is flag

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 
 from longtake.config.schema import LoraConfig
 from longtake.errors import ConfigError, ModelError
 from longtake.lora import Adapter, adapter_state, attach, attach_adapter, load_adapter_state
+from longtake.memory.quantization import quantize_blocks
 from longtake.models.wan.keys import to_original
+from longtake.models.wan.variants import variant
 
 ATTENTION = {f"attn{i}.{leaf}" for i in (1, 2) for leaf in ("to_q", "to_k", "to_v", "to_out.0")}
 FFN = {"ffn.net.0.proj", "ffn.net.2"}
@@ -87,6 +90,35 @@ def test_adapters_attach_to_meta_tensors(build):
     transformer = build("tiny-t2v").to("meta")
     attach(transformer, LoraConfig(rank=4), seed=0)
     assert {weight.device.type for weight in transformer.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("away", ["meta", "nf4"])
+def test_adapters_are_real_fp32_and_the_same_wherever_the_weights_are(build, away):
+    lora = LoraConfig(rank=4, targets=("attention", "ffn"))
+    plain, transformer = build("tiny-t2v", torch.bfloat16), build("tiny-t2v", torch.bfloat16)
+    attach(plain, lora, seed=5)
+    if away == "meta":
+        transformer.blocks[1].to("meta")
+    else:
+        quantize_blocks(transformer, variant("tiny-t2v").spec, "nf4")
+    attach(transformer, lora, 5, torch.device("cpu"))
+    expected = dict(plain.named_parameters())
+    assert [*dict(transformer.named_parameters())] == [*expected]
+    trained = {name: weight for name, weight in transformer.named_parameters() if weight.requires_grad}
+    assert len(trained) == 2 * 2 * 10
+    assert all(
+        weight.dtype == torch.float32 and torch.equal(weight, expected[name]) for name, weight in trained.items()
+    )
+    layers = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
+    assert {type(layer) for layer in layers} == {PeftLinear}
+    state = adapter_state(transformer)
+    assert all(torch.equal(value, state[key]) for key, value in adapter_state(plain).items())
+
+
+def test_adapters_go_to_the_device_that_is_asked_for(build):
+    transformer = build("tiny-t2v")
+    attach(transformer, LoraConfig(rank=4), 0, torch.device("meta"))
+    assert all(weight.is_meta == weight.requires_grad for weight in transformer.parameters())
 
 
 def test_a_state_goes_back_exactly(build, trained):

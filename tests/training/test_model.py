@@ -1,5 +1,6 @@
 """Which transformer a run trains, on which share of sigma, and which of its weights."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,13 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from longtake.config.schema import RunConfig
 from longtake.errors import ConfigError
+from longtake.memory.block_swap import swapped_blocks
+from longtake.memory.copies import Extent, read
+from longtake.memory.flattened import inner_tensors
+from longtake.memory.quantization import QuantizedWeight, quantize
 from longtake.models.wan.tiny import build_tiny
 from longtake.models.wan.variants import variant
 from longtake.models.wan.weights import ModelFiles
-from longtake.training.model import build_model, choose_expert, find_model
+from longtake.training.model import TrainedModel, build_model, choose_expert, find_model
 from runs import CPU, Scene
 
 
@@ -94,3 +100,83 @@ def test_without_a_lora_all_weights_are_trained_in_fp32(scenes: Callable[[str], 
     model = build_model(chosen, find_model(chosen, print), CPU)
     assert model.parameters.keys() == variant("tiny-i2v").parameter_shapes().keys()
     assert {parameter.dtype for parameter in model.parameters.values()} == {torch.float32}
+
+
+def built(scene: Scene, tmp_path: Path, dtype: str = "fp32", **memory: Any) -> TrainedModel:
+    """A LoRA's model under the [memory] section `memory`; the files of a tiny model are in fp32."""
+    chosen = scene.config(tmp_path, model={"dtype": dtype}, memory=memory)
+    return build_model(chosen, find_model(chosen, print), CPU)
+
+
+def linear_weights(model: TrainedModel) -> dict[str, nn.Parameter]:
+    """The frozen weights of the blocks' linear layers."""
+    layers = {name: module for name, module in model.transformer.named_modules() if isinstance(module, nn.Linear)}
+    chosen = {name: layer.weight for name, layer in layers.items() if name.startswith("blocks.") and "lora" not in name}
+    assert len(chosen) == 4 * 12
+    return chosen
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "nf4"])
+def test_weights_are_quantised_as_they_are_read(scenes: Callable[[str], Scene], tmp_path: Path, kind: Any) -> None:
+    plain, model = built(scenes("tiny-i2v"), tmp_path), built(scenes("tiny-i2v"), tmp_path, quantization=kind)
+    for name, weight in linear_weights(model).items():
+        assert isinstance(weight, QuantizedWeight)
+        expected = inner_tensors(quantize(linear_weights(plain)[name].detach(), kind))
+        assert all(torch.equal(one, two) for one, two in zip(inner_tensors(weight), expected, strict=True))
+    others = [parameter for parameter in model.transformer.parameters() if not isinstance(parameter, QuantizedWeight)]
+    assert len(others) == len([*model.transformer.parameters()]) - 48
+    assert model.parameters.keys() == plain.parameters.keys()
+    assert all(torch.equal(parameter, plain.parameters[name]) for name, parameter in model.parameters.items())
+    quantised = [name for name, parameter in model.transformer.named_parameters() if parameter not in set(others)]
+    assert not model.weight_files.keys() & set(quantised), "their bytes are not those of the file"
+
+
+def test_swapped_weights_that_the_file_has_as_they_are_stay_there(
+    scenes: Callable[[str], Scene], tmp_path: Path
+) -> None:
+    model = built(scenes("tiny-i2v"), tmp_path, block_swap=3, block_swap_from="disk")
+    plain = dict(built(scenes("tiny-i2v"), tmp_path).transformer.named_parameters())
+    away = {f"blocks.{index}." for index in swapped_blocks(4, 3)}
+    for name, parameter in model.transformer.named_parameters():
+        left = any(name.startswith(prefix) for prefix in away) and not parameter.requires_grad
+        assert parameter.is_meta == left, name
+        assert parameter.dtype == plain[name].dtype
+        assert left or torch.equal(parameter, plain[name])
+        if left:
+            file = model.weight_files[name]
+            values = torch.empty_like(plain[name])
+            descriptor = os.open(file.path, os.O_RDONLY)
+            extent = Extent(descriptor, str(file.path), file.start, file.nbytes)
+            read(values.view(-1).view(torch.uint8), (extent,))
+            os.close(descriptor)
+            assert torch.equal(values, plain[name]), name
+    assert all(parameter.device == CPU for parameter in model.parameters.values())
+
+
+def test_swapped_weights_of_another_type_than_the_files_are_read(
+    scenes: Callable[[str], Scene], tmp_path: Path
+) -> None:
+    model = built(scenes("tiny-i2v"), tmp_path, "bf16", block_swap=4, block_swap_from="disk")
+    frozen = {
+        name: parameter for name, parameter in model.transformer.named_parameters() if not parameter.requires_grad
+    }
+    blocks = {name: parameter for name, parameter in frozen.items() if name.startswith("blocks.")}
+    assert all(parameter.is_meta == (parameter.dtype == torch.float32) for parameter in blocks.values())
+    assert {name for name in blocks if blocks[name].is_meta} <= model.weight_files.keys()
+    assert all(frozen[name].dtype == file.dtype for name, file in model.weight_files.items())
+
+
+@pytest.mark.parametrize(
+    "memory", [{"block_swap": 4}, {"block_swap": 4, "block_swap_from": "disk", "quantization": "nf4"}]
+)
+def test_other_swapped_weights_are_in_host_memory(
+    scenes: Callable[[str], Scene], tmp_path: Path, memory: dict[str, Any]
+) -> None:
+    model = built(scenes("tiny-i2v"), tmp_path, **memory)
+    inners = [inner for parameter in model.transformer.parameters() for inner in inner_tensors(parameter)]
+    assert {inner.device for inner in inners} == {CPU}
+
+
+def test_without_a_lora_nothing_is_left_in_a_file(scenes: Callable[[str], Scene], tmp_path: Path) -> None:
+    chosen = scenes("tiny-i2v").config(tmp_path, lora=None)
+    assert not build_model(chosen, find_model(chosen, print), CPU).weight_files

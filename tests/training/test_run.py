@@ -1,5 +1,6 @@
 """Whole runs: what is in the folder afterwards, and what keeps a run from beginning."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,12 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from longtake.config.load import load_config
+from longtake.data.loader import BucketSampler
 from longtake.errors import CacheError, ConfigError
 from longtake.models.wan.variants import variant
 from longtake.models.wan.weights import ModelFiles, load_transformer
 from longtake.training.checkpoint import checkpoint_path, load_checkpoint
 from longtake.training.metrics import FILE, read_metrics
 from longtake.training.run import train
+from longtake.training.trainer import largest_micro_batch
 from runs import CPU, Recorder, Scene, assert_same_run, learnt
 
 Scenes = Callable[[str], Scene]
@@ -51,6 +54,10 @@ def test_a_run_leaves_an_adapter_a_log_checkpoints_and_its_config(scenes: Scenes
     assert [line["step"] for line in lines] == [0, 1, 2, 2]
     assert [line["step"] for line in lines if "validation_loss" in line] == [0, 2]
     assert all(line.keys() >= KEYS for line in lines if "loss" in line)
+    assert not any(line.keys() & {"strategy", "out_of_memory"} for line in lines)
+    assert all(line["validation_host_peak_bytes"] > 0 for line in lines if "validation_loss" in line)
+    peaks = [line["host_peak_bytes"] for line in lines if "loss" in line]
+    assert peaks == sorted(peaks), "what validation takes is read apart and does not start the run's peak anew"
 
 
 def test_a_run_is_a_function_of_its_config(scenes: Scenes, tmp_path: Path) -> None:
@@ -136,3 +143,53 @@ def test_a_run_that_could_not_begin_can_be_started_again(scenes: Scenes, tmp_pat
     with pytest.raises(ConfigError, match=r"lora\.targets"):
         scene.train(scene.config(tmp_path / "run", lora={"targets": ("nothing",)}))
     scene.train(scene.config(tmp_path / "run"))
+
+
+def test_the_largest_bucket_to_come_is_run_once_before_anything_counts(scenes: Scenes, tmp_path: Path) -> None:
+    scene = scenes("tiny-i2v")
+    training = {"steps": 4, "micro_batch_size": 2, "schedule": "constant"}
+    plain = scene.train(scene.config(tmp_path / "plain", training=training, lora={"dropout": 0.2}))
+    curriculum = {"num_frames": 5, "frames_schedule": ((0, 5), (2, 9), (3, 5))}
+    config = scene.config(tmp_path / "run", data=curriculum, training=training, lora={"dropout": 0.2})
+    said = Recorder()
+    run = scene.train(config, reporter=said)
+    (line,) = said.having("the largest bucket")
+    assert line.startswith("the largest bucket: 9 frames of 32x32, micro-batch 2, took device ")
+    losses = [[line["loss"] for line in learnt(folder) if "loss" in line] for folder in (plain, run)]
+    assert losses[1][:2] == losses[0][:2], "a larger bucket that was tried leaves no trace in what is computed"
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+    resumed = Recorder()
+    scene.train(config, resume=True, reporter=resumed)
+    (line,) = resumed.having("the largest bucket")
+    assert "5 frames" in line, "of the stages that are over nothing is tried"
+    finished = Recorder()
+    scene.train(config, resume=True, reporter=finished)
+    assert not finished.having("the largest bucket")
+
+
+def test_a_largest_micro_batch_of_few_clips_repeats_them(scenes: Scenes, tmp_path: Path) -> None:
+    scene = scenes("tiny-t2v")
+    config = scene.config(tmp_path / "run", data={"num_frames": 9, "frames_schedule": ((0, 5), (1, 9))})
+    manifest = scene.prepare(config)
+    assert manifest is not None
+    sampler = BucketSampler(manifest.entries, [(0, 5), (1, 9)], 0, 8)
+    visits = largest_micro_batch(sampler, scene.spec, 6, 0)
+    assert [visit.entry.bucket for visit in visits] == [(9, 32, 32)] * 6
+    assert {visit.stage for visit in visits} == {1}
+    assert len({visit.entry.latents for visit in visits}) == 4
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_the_random_state_after_the_largest_bucket_is_the_one_before(
+    scenes: Scenes, tmp_path: Path, dropout: float
+) -> None:
+    class Asked(Recorder):
+        def line(self, text: str) -> None:
+            if text.startswith("the largest bucket") or text.startswith("budget"):
+                states.append(torch.get_rng_state())
+
+    states: list[torch.Tensor] = []
+    scene = scenes("tiny-i2v")
+    scene.train(scene.config(tmp_path / "run", lora={"dropout": dropout}, data={"validation": 0.0}), reporter=Asked())
+    assert len(states) == 2
+    assert torch.equal(*states)

@@ -13,19 +13,6 @@ from longtake.config.schema import (
 from longtake.errors import ConfigError, Problem
 from longtake.units import parse_bytes
 
-NOT_YET = {
-    "checkpoint_every": 1,
-    "block_swap": 0,
-    "block_swap_from": "host",
-    "slices": 1,
-    "attention_head_groups": 1,
-    "quantization": "none",
-    "optimizer": "adamw",
-    "optimizer_offload": False,
-    "fallbacks": (),
-}
-"""Fields of [memory] that this version reads but can only run at these values."""
-
 
 def check(config: RunConfig, world_size: int = 1) -> None:
     """Raises ConfigError with every conflict of `config` when it runs on `world_size` ranks."""
@@ -39,6 +26,7 @@ def conflicts(config: RunConfig, world_size: int = 1) -> Iterator[Problem]:
     yield from _batch(config.training, world_size)
     yield from _schedule(config.data, config.training)
     yield from _precision(config)
+    yield from _trained_weights(config)
     yield from _parallel(config, world_size)
     yield from _ignored(config)
 
@@ -47,23 +35,65 @@ def memory_conflicts(memory: MemoryStrategy) -> Iterator[Problem]:
     """Conflicts inside [memory]."""
     if memory.budget != "auto":
         yield from _budget(memory.budget)
-    if memory.gradient_checkpointing == "block_keep_attention":
-        yield Problem("this version cannot keep attention's output", "memory.gradient_checkpointing", 'use "block"')
-    for field, only in NOT_YET.items():
-        if getattr(memory, field) != only:
-            yield Problem(f"this version runs only with {only!r}", f"memory.{field}", "leave the key out")
-    if memory.activation_offload != "none" and memory.gradient_checkpointing == "none":
-        yield Problem(
-            "there are no kept block inputs to offload without gradient checkpointing",
-            "memory.activation_offload",
-            'set memory.gradient_checkpointing = "block"',
-        )
+    if memory.gradient_checkpointing == "none":
+        yield from _needs_checkpointing(memory)
+    yield from _block_swap(memory)
+    yield from _slices(memory)
+    if memory.optimizer == "adamw8bit" and memory.optimizer_offload:
+        what = "8-bit states are small and stay on the device"
+        yield Problem(what, "memory.optimizer_offload", 'leave it out, or use memory.optimizer = "adamw"')
+    for index, rung in enumerate(memory.fallbacks):
+        yield from _fallback(memory, rung, f"memory.fallbacks[{index}]")
     if memory.activation_offload_fraction != 1.0 and memory.activation_offload == "none":
         yield Problem(
             "the fraction would be ignored",
             "memory.activation_offload_fraction",
             'set memory.activation_offload = "host" or "disk"',
         )
+
+
+def _needs_checkpointing(memory: MemoryStrategy) -> Iterator[Problem]:
+    remedy = 'set memory.gradient_checkpointing = "block"'
+    reasons = {
+        "checkpoint_every": (memory.checkpoint_every != 1, "there are no segments"),
+        "activation_offload": (memory.activation_offload != "none", "there are no kept block inputs to offload"),
+        "block_swap": (memory.block_swap != 0, "autograd would keep the weights that are streamed"),
+        "slices": (memory.slices != 1, "a slice's activations would be kept"),
+        "attention_head_groups": (memory.attention_head_groups != 1, "a group's activations would be kept"),
+    }
+    for field, (set_, reason) in reasons.items():
+        if set_:
+            yield Problem(f"{reason} without gradient checkpointing", f"memory.{field}", remedy)
+
+
+def _block_swap(memory: MemoryStrategy) -> Iterator[Problem]:
+    ring = memory.checkpoint_every + 1
+    if 0 < memory.block_swap <= ring:
+        what = f"{memory.block_swap} blocks through a ring of {ring} buffers save nothing"
+        yield Problem(what, "memory.block_swap", f"use 0, or at least {ring + 1}")
+    if memory.block_swap_from != "host" and not memory.block_swap:
+        yield Problem("it would be ignored", "memory.block_swap_from", "set memory.block_swap")
+
+
+def _slices(memory: MemoryStrategy) -> Iterator[Problem]:
+    sliced = memory.slices > 1 or memory.attention_head_groups > 1
+    if sliced and memory.checkpoint_every > 1:
+        what = "a block in slices is a segment of its own"
+        yield Problem(what, "memory.checkpoint_every", "leave it out, or memory.slices and attention_head_groups")
+
+
+def _fallback(memory: MemoryStrategy, rung: MemoryStrategy, where: str) -> Iterator[Problem]:
+    """A fallback is a strategy that a run can change to."""
+    if rung.fallbacks:
+        yield Problem("fallbacks have none of their own", f"{where}.fallbacks", "write them one after the other")
+    for field in ("quantization", "optimizer", "optimizer_offload"):
+        if getattr(rung, field) != getattr(memory, field):
+            what = f"a run cannot change it on its way from {getattr(memory, field)!r}"
+            yield Problem(what, f"{where}.{field}", "make them equal")
+    if rung.budget not in ("auto", memory.budget):
+        yield Problem("a run has one budget", f"{where}.budget", "leave it out")
+    for problem in memory_conflicts(rung.model_copy(update={"fallbacks": ()})):
+        yield Problem(problem.what, problem.where.replace("memory", where, 1), problem.remedy)
 
 
 def _budget(text: str) -> Iterator[Problem]:
@@ -116,6 +146,20 @@ def _precision(config: RunConfig) -> Iterator[Problem]:
     if config.training.warmup_steps >= config.training.steps:
         remedy = f"at most {config.training.steps - 1}"
         yield Problem("the warm-up is as long as the run", "training.warmup_steps", remedy)
+
+
+def _trained_weights(config: RunConfig) -> Iterator[Problem]:
+    """Fields of [memory] that depend on what is trained."""
+    for index, memory in enumerate((config.memory, *config.memory.fallbacks)):
+        where = f"memory.fallbacks[{index - 1}]" if index else "memory"
+        if config.lora is None and memory.block_swap:
+            yield Problem("all weights are trained, none can be streamed", f"{where}.block_swap", "leave it out")
+        if config.lora is None and memory.quantization != "none" and not index:
+            what = "weights that are trained cannot be quantised"
+            yield Problem(what, f"{where}.quantization", "leave it out, or add a section [lora]")
+        if config.lora is not None and config.lora.dropout and (memory.slices > 1 or memory.attention_head_groups > 1):
+            what = "a block in slices would draw its dropout differently"
+            yield Problem(what, f"{where}.slices", "leave it out, or lora.dropout")
 
 
 def _parallel(config: RunConfig, world_size: int) -> Iterator[Problem]:

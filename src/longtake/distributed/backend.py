@@ -75,3 +75,16 @@ def local_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is true on any rank; every rank has to ask at the same point.
+
+    A rank that waits in a collective operation inside forward or backward does not get here: it is not interrupted.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return flag
+    device = local_device() if torch.distributed.get_backend() == "nccl" else torch.device("cpu")
+    flags = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+    return bool(flags)

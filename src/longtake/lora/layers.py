@@ -33,14 +33,15 @@ _NAME = "default"
 _HALVES = ("lora_A", "lora_B")
 
 
-def attach(transformer: ModelMixin, lora: LoraConfig, seed: int) -> None:
+def attach(transformer: ModelMixin, lora: LoraConfig, seed: int, device: torch.device | None = None) -> None:
     """Puts trainable fp32 adapters on the blocks' linear layers that `lora.targets` name and freezes all other weights.
 
-    A is drawn from Kaiming's uniform distribution as a function of `seed` alone (the same on every device, the global
-    random state untouched), B is zero, so that the adapter starts as the identity (LoRA, arXiv:2106.09685, section
-    4.1). Raises ConfigError for each target that matches nothing.
+    They are on `device`, or else where the weight of their layer is, which may be quantised or, given a `device`,
+    without values. A is drawn from Kaiming's uniform distribution as a function of `seed` alone (the same on every
+    device, the global random state untouched), B is zero, so that the adapter starts as the identity (LoRA,
+    arXiv:2106.09685, section 4.1). Raises ConfigError for each target that matches nothing.
     """
-    _inject(transformer, _targets(transformer, lora.targets), lora)
+    _inject(transformer, _targets(transformer, lora.targets), lora, device)
     _draw(transformer, seed)
 
 
@@ -89,7 +90,9 @@ def _matches(name: str, target: str) -> bool:
     return any(f".{spelling}".endswith(f".{suffix}") for spelling in spellings for suffix in suffixes)
 
 
-def _inject(transformer: ModelMixin, modules: tuple[str, ...], lora: LoraConfig) -> None:
+def _inject(
+    transformer: ModelMixin, modules: tuple[str, ...], lora: LoraConfig, device: torch.device | None = None
+) -> None:
     assert not any(isinstance(module, LoraLayer) for module in transformer.modules()), "an adapter is attached already"
     config = PeftConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=list(modules), lora_dropout=lora.dropout, bias="none"
@@ -99,7 +102,11 @@ def _inject(transformer: ModelMixin, modules: tuple[str, ...], lora: LoraConfig)
         transformer.add_adapter(config, _NAME)
     for _, layer in _layers(transformer):
         for half in _HALVES:
-            getattr(layer, half)[_NAME].to(torch.float32).requires_grad_(True)
+            linear = getattr(layer, half)[_NAME]
+            if device is not None and linear.weight.is_meta:
+                linear.to_empty(device=device)
+                nn.init.zeros_(linear.weight)
+            linear.to(device=device, dtype=torch.float32).requires_grad_(True)
 
 
 def _draw(transformer: nn.Module, seed: int) -> None:

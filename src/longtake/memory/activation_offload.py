@@ -1,91 +1,150 @@
-"""Activation offload: the block inputs that checkpointing keeps wait in host memory or on disk for backward."""
+"""Activation offload: what a block keeps for backward waits in host memory or on disk, and comes back in time.
 
-import contextlib
-import shutil
-import uuid
+A copy out runs while the next blocks are computed, a copy back while the block after it in the backward pass is.
+"""
+
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
+from contextlib import contextmanager
+from functools import partial
 
-import torch
-from torch.autograd.graph import saved_tensors_hooks
+from torch import Tensor
 
-from longtake.errors import Problem, RunError
+from longtake.memory.copies import Copies
+from longtake.memory.host_buffers import (
+    Buffer,
+    Keep,
+    Kept,
+    Tier,
+    allocate,
+    as_bytes,
+    computed,
+    copy,
+    done,
+    settle,
+    use,
+)
 
-Offload = Callable[[torch.Tensor], AbstractContextManager[None]]
-PREFIX = "activations-"
+IN_FLIGHT = 2
+"""Groups whose tensors stay on the device while they are copied out.
+
+The last two of a forward pass are then still there when backward begins with them, and as many are there in all of
+backward: the one in use and the one that is fetched.
+"""
 
 
 @contextmanager
-def activation_offload(folder: Path | None) -> Iterator[Offload]:
-    """Yields the context maker that checkpointing wraps a block in.
+def activation_offload(copies: Copies, tier: Tier) -> Iterator[Callable[[int], Keep]]:
+    """Yields for a group, the number of a block or of a segment of blocks, the `Keep` that moves tensors to `tier`.
 
-    Only the hidden state given to it is moved: text, time embedding and RoPE tables are shared by all blocks and stay.
-    Tensors go to host memory, or, where `folder` is given, into a private subfolder of it: each file goes when its
-    backward pass is over, the subfolder at the end; what killed runs left in `folder` is removed at the start. Inside
-    the context, moving raises RunError where the disk refuses.
+    Groups are kept in the order of the forward pass and asked for in the order of the backward pass: when a tensor of
+    one group is taken, those of the group before it are fetched. Keeping raises RunError where host or disk refuse.
     """
-    store = _disk(folder) if folder is not None else None
+    store = _Store(copies, tier)
     try:
-        yield lambda hidden_states: _taken_over(hidden_states, store)
+        yield lambda group: partial(store.keep, group)
     finally:
-        if store is not None:
-            shutil.rmtree(store, ignore_errors=True)
-            with contextlib.suppress(OSError):  # another's activations are in it
-                store.parent.rmdir()
+        store.close()
 
 
-class _OnDisk:
-    """A tensor's bytes in a file that lives as long as autograd keeps this object."""
+class _Entry:
+    """One tensor that is away, or on its way."""
 
-    def __init__(self, tensor: torch.Tensor, store: Path) -> None:
-        self.path = store / f"{uuid.uuid4().hex}.bin"
-        host = tensor.detach().to("cpu").contiguous()
-        try:
-            self.path.write_bytes(host.view(torch.uint8).numpy().data)
-        except OSError as error:
-            what = f"cannot offload {host.nbytes} bytes of activations: {error.strerror or error}"
-            raise RunError(
-                Problem(what, str(self.path), 'make room, or use memory.activation_offload = "host"')
-            ) from error
+    def __init__(self, group: int, tensor: Tensor, buffer: Buffer) -> None:
+        self.group = group
+        # The layout as it lies in memory: attention's output is a transposed view.
+        strides = tensor.stride()
+        self.order = sorted(range(tensor.ndim), key=lambda axis: (-strides[axis], axis))
+        self.dense = tensor.permute(self.order).contiguous()
+        self.shape, self.dtype, self.device = self.dense.shape, tensor.dtype, tensor.device
+        self.buffer = buffer
+        self.source: Buffer | None = None
+        self.landing: Buffer | None = None
+
+    def tensor_of(self, memory: Tensor) -> Tensor:
+        """The tensor as it was, over flat bytes."""
+        dense = memory.view(self.dtype).view(self.shape)
+        return dense.permute([self.order.index(axis) for axis in range(len(self.order))])
+
+
+class _Store:
+    def __init__(self, copies: Copies, tier: Tier) -> None:
+        self.copies, self.tier = copies, tier
+        self.away: list[_Entry] = []  # in the order of the forward pass
+
+    def keep(self, group: int, tensor: Tensor) -> Kept:
+        """Starts to move `tensor` out."""
+        self._let_go(group)
+        entry = _Entry(group, tensor.detach(), self.tier.take(tensor.nbytes))
+        entry.source = computed(self.copies, entry.dense)
+        copy(self.copies, "outward", entry.buffer, entry.source)
+        self.away.append(entry)
+        return _Kept(self, entry)
+
+    def take(self, entry: _Entry) -> Tensor:
+        """The tensor, on the device; what the backward pass wants next is on its way afterwards."""
+        assert entry in self.away, "what is kept is given back once: a graph has one backward pass"
+        position = self.away.index(entry)
+        self._fetch(entry)
+        self.away.remove(entry)
+        for earlier in self._group_before(position, entry.group):
+            self._fetch(earlier)
+        if entry.source is not None:
+            memory = as_bytes(entry.dense)
+        else:
+            assert entry.landing is not None
+            memory = use(self.copies, entry.landing)
+            done(self.copies, entry.landing)
+        self.tier.give_back(entry.buffer)
+        return entry.tensor_of(memory)
+
+    def drop(self, entry: _Entry) -> None:
+        """Forgets what no backward pass will ask for."""
+        if entry not in self.away:
+            return
+        self.away.remove(entry)
+        for buffer in (entry.source, entry.landing):
+            if buffer is not None:
+                settle(self.copies, buffer)
+        self.tier.give_back(entry.buffer)
+
+    def close(self) -> None:
+        """Waits for what is on its way."""
+        for entry in [*self.away]:
+            self.drop(entry)
+
+    def _let_go(self, group: int) -> None:
+        """Tensors of groups before the last ones leave the device once they are copied."""
+        staying = [*dict.fromkeys([group, *(entry.group for entry in reversed(self.away))])][: IN_FLIGHT + 1]
+        for entry in self.away:
+            if entry.source is not None and entry.group not in staying[:IN_FLIGHT]:
+                settle(self.copies, entry.source)
+                entry.source = None
+                del entry.dense
+
+    def _fetch(self, entry: _Entry) -> None:
+        if entry.source is None and entry.landing is None:
+            entry.landing = allocate(self.copies, entry.buffer.nbytes, entry.device)
+            copy(self.copies, "inward", entry.landing, entry.buffer)
+
+    def _group_before(self, position: int, group: int) -> list[_Entry]:
+        """The entries of the nearest other group before `position`."""
+        earlier = [entry for entry in self.away[:position] if entry.group != group]
+        return [entry for entry in earlier if entry.group == earlier[-1].group] if earlier else []
+
+
+class _Kept:
+    """Given to autograd, which drops it with the graph."""
+
+    def __init__(self, store: _Store, entry: _Entry) -> None:
+        self.store, self.entry = store, entry
+
+    def __call__(self) -> Tensor:
+        return self.store.take(self.entry)
 
     def __del__(self) -> None:
-        with contextlib.suppress(OSError):
-            self.path.unlink(missing_ok=True)
-
-    def read(self, like: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """The tensor, its pages read as they are used."""
-        return torch.from_file(str(self.path), shared=False, size=like.numel(), dtype=dtype).view(like)
+        self.store.drop(self.entry)
 
 
-def _disk(folder: Path) -> Path:
-    for left in folder.glob(f"{PREFIX}*"):
-        shutil.rmtree(left, ignore_errors=True)
-    store = folder / f"{PREFIX}{uuid.uuid4().hex[:12]}"
-    store.mkdir(parents=True)
-    return store
-
-
-@contextmanager
-def _taken_over(hidden_states: torch.Tensor, store: Path | None) -> Iterator[None]:
-    shape, dtype, device = hidden_states.shape, hidden_states.dtype, hidden_states.device
-    pointer = hidden_states.data_ptr()
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor | _OnDisk]:
-        if tensor.shape != shape or tensor.data_ptr() != pointer or tensor.is_meta:
-            return tensor
-        return (_OnDisk(tensor, store),) if store is not None else (_to_host(tensor),)
-
-    def unpack(stored: torch.Tensor | tuple[torch.Tensor | _OnDisk]) -> torch.Tensor:
-        if isinstance(stored, torch.Tensor):
-            return stored
-        kept = stored[0]
-        return (kept if isinstance(kept, torch.Tensor) else kept.read(shape, dtype)).to(device)
-
-    with saved_tensors_hooks(pack, unpack):
-        yield
-
-
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in host memory; on the CPU the tensor is there already."""
-    return tensor.detach() if tensor.device.type == "cpu" else tensor.detach().to("cpu")
+def keep_first(moved: int, keep_for: Callable[[int], Keep], otherwise: Keep) -> Callable[[int], Keep]:
+    """Moves what the first `moved` groups keep, which waits longest."""
+    return lambda group: keep_for(group) if group < moved else otherwise

@@ -1,35 +1,148 @@
 """Puts a MemoryStrategy on a transformer, on real or on `meta` tensors, and takes it off again."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, Literal
 
 from torch import nn
 
 from longtake.config.conflicts import memory_conflicts
 from longtake.config.schema import MemoryStrategy
-from longtake.errors import ConfigError
-from longtake.memory.activation_offload import Offload, activation_offload
+from longtake.errors import ConfigError, Problem
+from longtake.memory.activation_offload import activation_offload, keep_first
+from longtake.memory.block_swap import block_swap, make_resident
+from longtake.memory.copies import Copies, MetaCopies, copies_for
 from longtake.memory.gradient_checkpointing import gradient_checkpointing
+from longtake.memory.host_buffers import DiskTier, HostTier, Keep, disk_tier, keep_on_device
+from longtake.memory.keep_attention import keep_attention
+from longtake.memory.quantization import quantize_blocks
+from longtake.memory.slices import slices
 from longtake.models.spec import ModelSpec
+from longtake.models.weight_files import WeightFile
+
+MOST_FRUGAL_SLICES = 16
+"""More gain nothing: queries, keys, values and their gradients remain."""
+MOST_FRUGAL_HEAD_GROUPS = 4
 
 
 @contextmanager
-def apply(transformer: nn.Module, spec: ModelSpec, strategy: MemoryStrategy, scratch: Path) -> Iterator[None]:
-    """`strategy` holds for `transformer` inside the context; `scratch` is a folder for what goes to disk.
+def apply(
+    transformer: Any,
+    spec: ModelSpec,
+    strategy: MemoryStrategy,
+    scratch: Path,
+    weight_files: Mapping[str, WeightFile] | None = None,
+    copies: Copies | None = None,
+) -> Iterator[None]:
+    """`strategy` holds for `transformer` inside the context; quantised weights stay so afterwards.
 
-    Raises ConfigError where the strategy cannot work.
+    `scratch` is a folder for what goes to disk, and this process's own. `weight_files` tells where the transformer's
+    parameters lie in safetensors files. `copies` are the device's own without it. Raises ConfigError where the strategy
+    cannot work, RunError where host or disk refuse.
     """
-    if found := [*memory_conflicts(strategy)]:
+    blocks = getattr(transformer, spec.blocks)
+    if found := [*memory_conflicts(strategy), *_unfit(strategy, blocks), *_unfit_fallbacks(strategy, blocks)]:
         raise ConfigError(found)
+    if strategy.quantization != "none":
+        quantize_blocks(transformer, spec, strategy.quantization)
     with ExitStack() as features:
-        offload: Offload | None = None
-        if strategy.activation_offload != "none":
-            folder = scratch if strategy.activation_offload == "disk" else None
-            offload = features.enter_context(activation_offload(folder))
-        if strategy.gradient_checkpointing != "none":
-            blocks = getattr(transformer, spec.blocks)
-            fraction = strategy.activation_offload_fraction
-            moved = round(len(blocks) * fraction) if offload else 0
-            features.enter_context(gradient_checkpointing(transformer, blocks, offload, moved))
+        if copies is None and (strategy.activation_offload != "none" or strategy.block_swap):
+            copies = copies_for(next(transformer.parameters()).device)
+            features.callback(copies.close)
+        keep_for = _keeping(strategy, blocks, copies, scratch, features)
+        files = (f"{spec.blocks}.", weight_files or {})
+        make_resident(blocks, strategy.block_swap, next(transformer.parameters()).device, files)
+        if strategy.block_swap:
+            assert copies is not None
+            tier = _tier(strategy.block_swap_from, "weights", copies, scratch, features)
+            swap = block_swap(blocks, strategy.block_swap, strategy.checkpoint_every, copies, tier, files)
+            ring = features.enter_context(swap)
+            features.callback(transformer.register_forward_pre_hook(lambda *_: ring.begin()).remove)
+        _recomputing(transformer, spec, strategy, keep_for, features)
         yield
+
+
+def ladder(strategy: MemoryStrategy, transformer: nn.Module, spec: ModelSpec) -> tuple[MemoryStrategy, ...]:
+    """Strategies to go on with after running out of memory under `strategy`, each more frugal than the one before."""
+    blocks = getattr(transformer, spec.blocks)
+    frozen = not all(parameter.requires_grad for parameter in blocks.parameters())
+    slices = max(strategy.slices, MOST_FRUGAL_SLICES)
+    groups = max(strategy.attention_head_groups, min(spec.heads, MOST_FRUGAL_HEAD_GROUPS))
+    changes: tuple[dict[str, Any], ...] = (
+        {"gradient_checkpointing": "block", "checkpoint_every": 1},
+        {"activation_offload": "host", "activation_offload_fraction": 1.0}
+        if strategy.activation_offload == "none"
+        else {"activation_offload_fraction": 1.0},
+        {"block_swap": len(blocks)} if frozen else {},
+        {} if _drops_out(blocks) else {"slices": slices, "attention_head_groups": groups},
+    )
+    rungs, last = [], strategy
+    for change in changes:
+        rung = last.model_copy(update=change)
+        if rung != last and not [*memory_conflicts(rung), *_unfit(rung, blocks)]:
+            rungs.append(rung.model_copy(update={"fallbacks": ()}))
+        last = rung
+    return tuple(rungs)
+
+
+def _unfit(strategy: MemoryStrategy, blocks: nn.ModuleList) -> Iterator[Problem]:
+    """What the model at hand does not allow."""
+    if strategy.block_swap > len(blocks):
+        yield Problem(f"the model has {len(blocks)} blocks", "memory.block_swap", f"at most {len(blocks)}")
+    if strategy.block_swap and all(parameter.requires_grad for parameter in blocks.parameters()):
+        yield Problem("all weights are trained, none can be streamed", "memory.block_swap", "leave it out")
+    if (strategy.slices > 1 or strategy.attention_head_groups > 1) and _drops_out(blocks):
+        what = "a block in slices would draw its dropout differently"
+        yield Problem(what, "memory.slices", "leave out lora.dropout, or the slices")
+
+
+def _unfit_fallbacks(strategy: MemoryStrategy, blocks: nn.ModuleList) -> Iterator[Problem]:
+    for index, rung in enumerate(strategy.fallbacks):
+        for problem in _unfit(rung, blocks):
+            where = problem.where.replace("memory", f"memory.fallbacks[{index}]", 1)
+            yield Problem(problem.what, where, problem.remedy)
+
+
+def _drops_out(blocks: nn.ModuleList) -> bool:
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in blocks.modules())
+
+
+def _keeping(
+    strategy: MemoryStrategy, blocks: nn.ModuleList, copies: Copies | None, scratch: Path, features: ExitStack
+) -> Callable[[int], Keep]:
+    """How a segment of blocks keeps what is its own."""
+    if strategy.activation_offload == "none":
+        return lambda _segment: keep_on_device
+    assert copies is not None
+    tier = _tier(strategy.activation_offload, "activations", copies, scratch, features)
+    moving = features.enter_context(activation_offload(copies, tier))
+    segments = -(-len(blocks) // strategy.checkpoint_every)
+    return keep_first(round(segments * strategy.activation_offload_fraction), moving, keep_on_device)
+
+
+def _tier(
+    where: Literal["host", "disk"], purpose: str, copies: Copies, scratch: Path, features: ExitStack
+) -> HostTier | DiskTier:
+    if where == "host" or isinstance(copies, MetaCopies):
+        return HostTier(copies)
+    return features.enter_context(disk_tier(scratch, purpose))
+
+
+def _recomputing(
+    transformer: Any, spec: ModelSpec, strategy: MemoryStrategy, keep_for: Callable[[int], Keep], features: ExitStack
+) -> None:
+    """What a block keeps, and what it computes again."""
+    blocks, every = getattr(transformer, spec.blocks), strategy.checkpoint_every
+    keeping = strategy.gradient_checkpointing == "block_keep_attention"
+    if strategy.gradient_checkpointing == "none":
+        return
+    if strategy.slices > 1 or strategy.attention_head_groups > 1:
+        groups = strategy.attention_head_groups
+        features.enter_context(slices(blocks, spec.stages(), strategy.slices, groups, keep_for, keeping))
+        return
+    contexts = None
+    if keeping:
+        of_block: Callable[[int], Keep] = lambda index: keep_for(index // every)  # noqa: E731
+        contexts = features.enter_context(keep_attention(blocks, spec.self_attention, of_block))
+    features.enter_context(gradient_checkpointing(transformer, blocks, every, keep_for, contexts))

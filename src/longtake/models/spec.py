@@ -1,9 +1,38 @@
 """What memory, parallelism and the trainer may know of a model, whatever its family."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Task = Literal["t2v", "i2v", "flf2v", "ti2v"]
+Shared: TypeAlias = tuple[Any, ...]
+"""The positional arguments of a block after its hidden state: tensors, None, and tuples of them."""
+
+
+@runtime_checkable
+class BlockStages(Protocol):
+    """How a block is cut around its self-attention, so that all else can be evaluated over slices of the tokens.
+
+    For a block's hidden state x, `after(block, x, attention of all tokens over before(block, x, shared), shared)` is
+    block(x, *shared); both stages give every token what they give it in any slice that contains it.
+    """
+
+    def before(self, block: nn.Module, hidden_states: Tensor, shared: Shared) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value [batch, heads, tokens, head_dim] of a slice [batch, tokens, dim] of the hidden state."""
+
+    def after(self, block: nn.Module, hidden_states: Tensor, attended: Tensor, shared: Shared) -> Tensor:
+        """The block's output [batch, tokens, dim] for a slice of its hidden state and of what attention gave for it.
+
+        `attended` is [batch, heads, tokens, head_dim].
+        """
+
+    def cut(self, shared: Shared, tokens: slice) -> Shared:
+        """`shared` for the slice `tokens` of the token axis: views of what has that axis, the rest as it is."""
 
 
 @dataclass(frozen=True)
@@ -13,7 +42,9 @@ class ModelSpec:
     `blocks` is the attribute of the transformer that holds the list of identical blocks; the first positional argument
     of a block is its hidden state [batch, tokens, dim], all others are shared by every block. Parameters whose name
     has one of `keep_fp32` as a dotted part stay fp32. `temporal_stride`, `spatial_stride` are the VAE's; `patch_size`
-    is (frames, height, width) in latents. `experts` are the component names of the transformers.
+    is (frames, height, width) in latents. `experts` are the component names of the transformers. The hidden state is
+    `heads` x `head_dim` wide. `self_attention` is the attribute of a block whose attention sees all tokens; `stages`
+    gives, with what must be imported for it, how a block is cut around that attention.
     """
 
     name: str
@@ -21,6 +52,9 @@ class ModelSpec:
     latent_channels: int
     fps: int
     text_dim: int
+    heads: int
+    head_dim: int
+    stages: Callable[[], BlockStages]
     image_tokens: int = 0
     image_dim: int = 0
     text_tokens: int = 512
@@ -28,6 +62,7 @@ class ModelSpec:
     spatial_stride: int = 8
     patch_size: tuple[int, int, int] = (1, 2, 2)
     blocks: str = "blocks"
+    self_attention: str = "attn1"
     keep_fp32: tuple[str, ...] = ()
     experts: tuple[str, ...] = ("transformer",)
     boundary_ratio: float | None = None

@@ -31,21 +31,42 @@ class MemoryGauge:
         self.process = psutil.Process()
         _forget_peak()
         self.before = self.process.memory_info().rss if device.type == "cpu" else 0
+        self.reserved_peak = self.resident_peak = 0  # as they were last read
         self.driver = _Driver(device) if device.type == "cuda" else None
 
     def read(self) -> Memory:
-        """The bytes now."""
-        resident, peak = self.process.memory_info().rss, _peak_resident()
+        """The bytes now, and their peaks since the gauge was made."""
+        resident = self.process.memory_info().rss
+        peak = self.resident_peak = max(self.resident_peak, _peak_resident())
         if self.driver is None:
             return Memory(max(0, resident - self.before), max(0, peak - self.before), resident, peak)
+        self.reserved_peak = max(self.reserved_peak, torch.cuda.max_memory_reserved(self.device))
         return Memory(
             torch.cuda.memory_allocated(self.device),
-            torch.cuda.max_memory_reserved(self.device),
+            self.reserved_peak,
             resident,
             peak,
             self.driver.used_bytes,
             self.driver.peak_bytes,
         )
+
+    def begin_stage(self) -> None:
+        """Starts the peaks that `stage_peak` tells anew; those of `read` go on."""
+        self.read()
+        _forget_peak()
+        if self.driver is not None:
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def stage_peak(self) -> tuple[int, int]:
+        """(device, host) bytes at their peak since `begin_stage`.
+
+        On CUDA what tensors held, because the allocator keeps what an earlier stage reserved. The host's is the one
+        since the start where the system does not let it begin anew.
+        """
+        host = _peak_resident()
+        if self.driver is None:
+            return max(0, host - self.before), host
+        return torch.cuda.max_memory_allocated(self.device), host
 
     def device_line(self) -> str:
         """What is on the device before the run: its size, and the bytes of other processes."""

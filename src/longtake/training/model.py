@@ -1,31 +1,39 @@
 """The model that a run trains: loaded, adapted or not, with its share of sigma."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from longtake.config.schema import RunConfig
+from longtake.config.schema import MemoryStrategy, RunConfig
 from longtake.errors import ConfigError, Problem
 from longtake.lora import attach
+from longtake.memory.block_swap import swapped_blocks
+from longtake.memory.flattened import inner_tensors, rebuilt
+from longtake.memory.quantization import QuantizedWeight, quantizable, quantize
 from longtake.models.spec import ModelSpec
 from longtake.models.wan import tiny
-from longtake.models.wan.weights import ModelFiles, load_transformer, locate
+from longtake.models.wan.weights import Loading, ModelFiles, load_transformer, locate, weight_files
+from longtake.models.weight_files import WeightFile
 from longtake.training.optimizer import trained_parameters
 from longtake.training.precision import DTYPES
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """`transformer` with its trained `parameters`; `sigma_range` is the share of (0, 1) that it is trained on."""
+    """`transformer` with its trained `parameters`; `sigma_range` is the share of (0, 1) that it is trained on.
+
+    `weight_files` has, by their names in `transformer`, those frozen parameters that lie in a file just as they are.
+    """
 
     transformer: Any
     component: str
     spec: ModelSpec
     parameters: dict[str, nn.Parameter]
     sigma_range: tuple[float, float]
+    weight_files: dict[str, WeightFile] = field(default_factory=dict)
 
 
 def find_model(config: RunConfig, say: Callable[[str], None]) -> ModelFiles:
@@ -55,14 +63,60 @@ def choose_expert(config: RunConfig, spec: ModelSpec) -> tuple[str, tuple[float,
 
 
 def build_model(config: RunConfig, model_files: ModelFiles, device: torch.device) -> TrainedModel:
-    """Loads the transformer and makes trainable what the config trains: fp32 adapters, or all weights in fp32."""
+    """Loads the transformer and makes trainable what the config trains: fp32 adapters, or all weights in fp32.
+
+    Under adapters the weights are quantised as they are read, and those of swapped blocks are put where
+    `config.memory` wants them: in host memory, or left in their file and on `meta`.
+    """
     spec = model_files.variant.spec
     component, sigma_range = choose_expert(config, spec)
     dtype = DTYPES[config.model.dtype] if config.lora else torch.float32
-    transformer = load_transformer(model_files, component, dtype, device)
+    files = weight_files(model_files, component)
     if config.lora:
-        attach(transformer, config.lora, config.training.seed)
+        chosen = _loading(config.memory, spec, files, dtype, device)
+        transformer = load_transformer(model_files, component, dtype, device, chosen)
+        attach(transformer, config.lora, config.training.seed, device)
     else:
+        transformer = load_transformer(model_files, component, dtype, device)
         transformer.requires_grad_(True)
     transformer.train()
-    return TrainedModel(transformer, component, spec, trained_parameters(transformer), sigma_range)
+    there = {
+        name: files[_file_name(name)]
+        for name, parameter in transformer.named_parameters()
+        if not parameter.requires_grad and _lies_there(parameter, files.get(_file_name(name)))
+    }
+    return TrainedModel(transformer, component, spec, trained_parameters(transformer), sigma_range, there)
+
+
+def _loading(
+    memory: MemoryStrategy, spec: ModelSpec, files: dict[str, WeightFile], dtype: torch.dtype, device: torch.device
+) -> Loading:
+    blocks = {name.split(".")[1] for name in files if name.startswith(f"{spec.blocks}.")}
+    swapped = {str(index) for index in swapped_blocks(len(blocks), memory.block_swap)} if memory.block_swap else set()
+    kind, host = memory.quantization, torch.device("cpu")
+
+    def away(name: str) -> bool:
+        return name.startswith(f"{spec.blocks}.") and name.split(".")[1] in swapped
+
+    def place(name: str) -> torch.device | None:
+        if not away(name) or kind != "none":  # the device quantises fast; `convert` takes the result to the host
+            return device
+        final = torch.float32 if any(part in spec.keep_fp32 for part in name.split(".")) else dtype
+        return None if memory.block_swap_from == "disk" and files[name].dtype == final else host
+
+    def convert(name: str, tensor: Tensor) -> Tensor:
+        weight = quantize(tensor, kind) if kind != "none" and quantizable(name, tensor, spec) else tensor
+        if not away(name):
+            return weight
+        return rebuilt(weight, [inner.to(host) for inner in inner_tensors(weight)])
+
+    return Loading(place, convert)
+
+
+def _file_name(name: str) -> str:
+    """A parameter's name before peft wrapped its layer."""
+    return name.replace(".base_layer.", ".")
+
+
+def _lies_there(parameter: Tensor, file: WeightFile | None) -> bool:
+    return file is not None and file.dtype == parameter.dtype and not isinstance(parameter, QuantizedWeight)

@@ -1,13 +1,21 @@
-"""AdamW with fp32 states, the learning rate as a function of the step, and the moving average of weights."""
+"""AdamW with its states in fp32, in 8 bits or in host memory, the learning rate of a step, the average of weights."""
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from longtake.config.schema import TrainingConfig
+from longtake.config.schema import MemoryStrategy, TrainingConfig
+from longtake.errors import Problem, RunError
+from longtake.memory.copies import copies_for
+from longtake.memory.flattened import named_inner_tensors
+from longtake.memory.optimizer_offload import OffloadedAdamW
+from longtake.memory.quantization import require_torchao
+
+ON_DEVICE = MemoryStrategy()
 
 
 def trained_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
@@ -15,15 +23,40 @@ def trained_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
 
 
-def build_optimizer(parameters: Mapping[str, nn.Parameter], training: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101); weight decay for matrices only."""
+def build_optimizer(
+    parameters: Mapping[str, nn.Parameter], training: TrainingConfig, memory: MemoryStrategy = ON_DEVICE
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101); weight decay for matrices only.
+
+    Its states are where and what `memory` says; an `OffloadedAdamW` must be closed. Raises ConfigError where torchao,
+    which has the 8-bit states, is missing, and RunError where the host refuses the memory.
+    """
     decayed = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
     plain = [parameter for parameter in parameters.values() if parameter.ndim < 2]
     groups = [
         {"params": decayed, "weight_decay": training.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=training.learning_rate)
+    groups = [group for group in groups if group["params"]]
+    if memory.optimizer == "adamw8bit":
+        return _adamw8bit(groups, training.learning_rate)
+    if memory.optimizer_offload:
+        device = next(iter(parameters.values())).device
+        return OffloadedAdamW(groups, training.learning_rate, copies_for(device))
+    # one kernel on CUDA: tensor by tensor it would be thousands, and torch's default takes a copy of what is trained
+    fused = all(parameter.is_cuda for parameter in parameters.values())
+    return torch.optim.AdamW(groups, lr=training.learning_rate, fused=fused)
+
+
+@torch.no_grad()
+def allocate_states(optimizer: torch.optim.Optimizer) -> None:
+    """Allocates the states that the first step would, so that memory runs out before it or not at all.
+
+    States that are there are left alone, and so is everything else.
+    """
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        if not optimizer.state[parameter]:
+            optimizer.state[parameter] = _fresh_state(optimizer, parameter)
 
 
 def learning_rate(step: int, training: TrainingConfig) -> float:
@@ -66,21 +99,56 @@ class MovingAverage:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The optimiser's states as `<parameter>/<state>` -> tensor."""
+    """The optimiser's states as `<parameter>/<state>` -> plain tensor, of 8-bit states `<parameter>/<state>/<part>`."""
+    if isinstance(optimizer, OffloadedAdamW):
+        optimizer.finish()
     return {
-        f"{name}/{key}": value
+        path: tensor
         for name, parameter in parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
+        for path, tensor in named_inner_tensors(value, f"{name}/{key}")
     }
 
 
+@torch.no_grad()
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Inverse of `optimizer_tensors`."""
-    for name, parameter in parameters.items():
-        prefix = f"{name}/"
-        state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        if state:
-            placed = {key: value if key == "step" else value.to(parameter.device) for key, value in state.items()}
-            optimizer.state[parameter] = placed
+    """Inverse of `optimizer_tensors`; a parameter that `tensors` knows nothing of keeps fresh states.
+
+    Raises RunError where they are states of another optimiser; nothing is changed then.
+    """
+    allocate_states(optimizer)
+    own = optimizer_tensors(optimizer, parameters)
+    known = {path.split("/")[0] for path in tensors}
+    for path, tensor in own.items():
+        if path.split("/")[0] in known and (path not in tensors or tensors[path].shape != tensor.shape):
+            what = "the checkpoint's optimiser states are not those of the run's optimiser"
+            raise RunError(Problem(what, path, "set memory.optimizer as it was, or start a new run"))
+    for path in tensors.keys() & own.keys():
+        own[path].copy_(tensors[path])
+
+
+def _adamw8bit(groups: list[dict[str, Any]], rate: float) -> torch.optim.Optimizer:
+    """torchao's, for learning rates that are set as numbers; only on CUDA does it need to be compiled."""
+    optim = require_torchao("torchao.optim", "memory.optimizer")
+    compiled = groups[0]["params"][0].is_cuda
+
+    class AdamW8bit(optim.AdamW8bit):  # type: ignore[name-defined]  # imported where it is needed
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)
+            # else the update of each shape would be built by a C++ compiler, which is slow and may be missing
+            with nullcontext() if compiled else torch.compiler.set_stance("force_eager"):
+                return super().step(closure)
+
+    return AdamW8bit(groups, lr=rate)
+
+
+def _fresh_state(optimizer: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
+    if isinstance(optimizer, torch.optim.AdamW):
+        moments = [torch.zeros_like(parameter, memory_format=torch.preserve_format) for _ in range(2)]
+    else:  # as torchao's step does it
+        moments = [optimizer._new_buffer(parameter, signed) for signed in (True, False)]
+    step = torch.zeros((), device=parameter.device if optimizer.defaults.get("fused") else "cpu")
+    return {"step": step, "exp_avg": moments[0], "exp_avg_sq": moments[1]}

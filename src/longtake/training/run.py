@@ -15,19 +15,22 @@ from longtake.data.encode import component_root, load_manifest
 from longtake.data.loader import BucketSampler, EntryReader
 from longtake.data.split import split
 from longtake.distributed.backend import SingleDevice, local_device, world
-from longtake.errors import ConfigError, Problem, RunError
+from longtake.errors import ConfigError, Problem
 from longtake.lora import adapter_state, save_adapter
-from longtake.memory.strategy import apply
+from longtake.memory.accounting import Workload
+from longtake.memory.optimizer_offload import OffloadedAdamW
 from longtake.models.wan.weights import ModelFiles, save_transformer
 from longtake.progress import Reporter
-from longtake.training.checkpoint import load_newest
+from longtake.training.checkpoint import Checkpoint, load_newest
+from longtake.training.fallback import StrategyInForce, first_line, out_of_memory
 from longtake.training.interrupt import stop_request
 from longtake.training.memory_gauge import MemoryGauge
 from longtake.training.metrics import Metrics
 from longtake.training.model import TrainedModel, build_model, choose_expert, find_model
-from longtake.training.optimizer import MovingAverage, build_optimizer
+from longtake.training.optimizer import MovingAverage, allocate_states, build_optimizer
+from longtake.training.precision import DTYPES
 from longtake.training.run_folder import check_run, open_run, record_config
-from longtake.training.trainer import Parts, Trainer
+from longtake.training.trainer import Parts, Trainer, largest_micro_batch
 from longtake.training.validation import Validation
 from longtake.units import format_bytes, parse_bytes
 
@@ -60,21 +63,21 @@ def train(config: RunConfig, resume: bool, reporter: Reporter) -> Path:
         model = build_model(config, model_files, device)
         validation.requests(model)
         checkpoint = load_newest(run, reporter.line) if resume else None
-        record_config(config, run)
-        parts = _parts(
-            config, run, model, sampler, validation, checkpoint.step if checkpoint else None, gauge, reporter
-        )
-        trainer = Trainer(parts, stop)
-        try:
-            if checkpoint is not None:
-                trainer.restore(checkpoint)
-                reporter.line(f"resumed after step {checkpoint.step}")
-            with apply(model.transformer, spec, config.memory, run / "scratch"):
-                trainer.fit(checkpoint.step if checkpoint else 0)
-        except torch.OutOfMemoryError as error:
-            raise _out_of_memory(run, error) from error
-        finally:
-            parts.metrics.close()
+        first_step = checkpoint.step if checkpoint else 0
+        strategy = _strategy(config, run, model, sampler, first_step, reporter)
+        strategy.check()
+        with _brief(run), strategy, _optimizer(config, model) as optimizer:
+            record_config(config, run)  # what could refuse to begin has not
+            parts = _parts(config, strategy, optimizer, sampler, validation, gauge, reporter, checkpoint)
+            try:
+                trainer = Trainer(parts, stop)
+                if checkpoint is not None:
+                    trainer.restore(checkpoint)
+                    reporter.line(f"resumed after step {checkpoint.step}")
+                allocate_states(optimizer)
+                trainer.fit(first_step)
+            finally:
+                parts.metrics.close()
         write_outputs(config, run, model, parts.average, model_files)
     return run
 
@@ -133,40 +136,62 @@ def _budget(config: RunConfig, gauge: MemoryGauge, device: torch.device, reporte
         reporter.line(f"{torch.cuda.device_count()} GPUs are visible and this version uses one of them")
 
 
+def _strategy(
+    config: RunConfig, run: Path, model: TrainedModel, sampler: BucketSampler, first_step: int, reporter: Reporter
+) -> StrategyInForce:
+    """[memory] for the largest micro-batch that is to come."""
+    training = config.training
+    visits = largest_micro_batch(sampler, model.spec, training.micro_batch_size, first_step)
+    tokens = model.spec.tokens(*visits[0].entry.bucket)
+    workload = Workload(tokens, training.micro_batch_size, DTYPES[training.precision].itemsize)
+    return StrategyInForce(model, config.memory, workload, run, reporter.line)
+
+
 def _parts(
     config: RunConfig,
-    run: Path,
-    model: TrainedModel,
+    strategy: StrategyInForce,
+    optimizer: torch.optim.Optimizer,
     sampler: BucketSampler,
     validation: Validation,
-    resumed_step: int | None,
     gauge: MemoryGauge,
     reporter: Reporter,
+    checkpoint: Checkpoint | None,
 ) -> Parts:
-    training = config.training
-    device = validation.device
-    optimizer = build_optimizer(model.parameters, training)
-    fp16 = training.precision == "fp16"
+    training, model, device = config.training, strategy.model, validation.device
     return Parts(
         config=config,
-        run=run,
+        run=strategy.run,
         model=model,
+        strategy=strategy,
         optimizer=optimizer,
-        backend=SingleDevice([*model.parameters.values()], optimizer, device, fp16),
+        backend=SingleDevice([*model.parameters.values()], optimizer, device, training.precision == "fp16"),
         average=MovingAverage(model.parameters, training.ema) if training.ema else None,
         sampler=sampler,
         reader=validation.reader,
         validation=validation,
-        metrics=Metrics(run, resumed_step, config.output.wandb, config.model_dump()),
+        metrics=Metrics(
+            strategy.run, checkpoint.step if checkpoint else None, config.output.wandb, config.model_dump()
+        ),
         gauge=gauge,
         device=device,
         reporter=reporter,
     )
 
 
-def _out_of_memory(run: Path, error: torch.OutOfMemoryError) -> RunError:
-    what = f"the device ran out of memory ({str(error).splitlines()[0]})"
-    remedy = (
-        "use fewer data.num_frames, a smaller training.micro_batch_size or memory.activation_offload, then --resume"
-    )
-    return RunError(Problem(what, str(run), remedy))
+@contextmanager
+def _optimizer(config: RunConfig, model: TrainedModel) -> Iterator[torch.optim.Optimizer]:
+    optimizer = build_optimizer(model.parameters, config.training, config.memory)
+    try:
+        yield optimizer
+    finally:
+        if isinstance(optimizer, OffloadedAdamW):
+            optimizer.close()
+
+
+@contextmanager
+def _brief(run: Path) -> Iterator[None]:
+    """Memory that runs out where nothing can be done again ends the run with one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(first_line(error), run) from error

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from longtake.config.schema import RunConfig
-from longtake.data.loader import BucketSampler, EntryReader, Prefetcher
+from longtake.data.loader import BucketSampler, EntryReader, Prefetcher, Visit
 from longtake.distributed.backend import Backend
 from longtake.errors import Problem, RunError
+from longtake.models.spec import ModelSpec
 from longtake.progress import Advance, Reporter
 from longtake.training.batch import Sample, collate, read_sample, summed_loss
-from longtake.training.checkpoint import Checkpoint, save_checkpoint
+from longtake.training.checkpoint import Checkpoint, checkpoint_path, save_checkpoint
+from longtake.training.fallback import StrategyInForce, first_line
 from longtake.training.flow_matching import generator_for
 from longtake.training.interrupt import StopRequest
 from longtake.training.memory_gauge import MemoryGauge
@@ -37,6 +39,7 @@ class Parts:
     config: RunConfig
     run: Path
     model: TrainedModel
+    strategy: StrategyInForce
     optimizer: torch.optim.Optimizer
     backend: Backend
     average: MovingAverage | None
@@ -56,6 +59,7 @@ class Trainer:
         self.parts = parts
         self.stop = stop
         self.skipped_in_row = 0
+        self.saved_step: int | None = None
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Puts weights, optimiser, average and scaler back; raises RunError where it is of another model."""
@@ -71,14 +75,18 @@ class Trainer:
             for name, average in parts.average.averages.items():
                 average.copy_(checkpoint.ema[name])
         parts.backend.load_state(checkpoint.state["backend"])
+        self.saved_step = checkpoint.step
 
     def fit(self, first_step: int) -> None:
-        """Trains to the last step, saving and validating on the way.
+        """Trains to the last step, saving and validating on the way; the strategy is applied and stays so.
 
-        Raises RunError where a signal stopped the run (after saving), or three updates in a row were not finite.
+        Raises RunError where a signal stopped the run (after saving), three updates in a row were not finite, or memory
+        ran out under every strategy or in an update.
         """
         parts, training = self.parts, self.parts.config.training
         loader = Prefetcher(self._read, training.steps)
+        if first_step < training.steps:
+            self._rehearse(first_step)
         if self._to_look(first_step) and not parts.metrics.has_validation(first_step):
             self._validate(first_step)  # or a run that ended between a checkpoint and its validation would lack it
         with parts.reporter.bar("training", training.steps, "steps", first_step) as advance:
@@ -106,12 +114,34 @@ class Trainer:
             state={"backend": parts.backend.state()},
         )
         save_checkpoint(parts.run, checkpoint, parts.config.output.keep)
+        self.saved_step = step
 
     def _read(self, step: int) -> list[Sample]:
+        return self._read_all(self.parts.sampler.batch(step))
+
+    def _read_all(self, visits: Sequence[Visit]) -> list[Sample]:
         parts = self.parts
         training, dropout = parts.config.training, parts.config.data.caption_dropout
-        visits = parts.sampler.batch(step)
         return [read_sample(visit, parts.reader, training, dropout, parts.model.sigma_range) for visit in visits]
+
+    def _rehearse(self, first_step: int) -> None:
+        """Forward and backward of the largest micro-batch to come: memory runs out now or in no bucket.
+
+        Nothing of it is kept but the fallback that it may have needed, and the pools that it filled.
+        """
+        parts = self.parts
+        size = parts.config.training.micro_batch_size
+        samples = self._read_all(largest_micro_batch(parts.sampler, parts.model.spec, size, first_step))
+        devices = [parts.device] if parts.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            parts.strategy.attempt(lambda: self._accumulate(samples), "the largest bucket")
+        parts.strategy.drop_gradients()
+        frames, height, width = samples[0].visit.entry.bucket
+        peak = parts.gauge.read()
+        parts.reporter.line(
+            f"the largest bucket: {frames} frames of {width}x{height}, micro-batch {size}, took"
+            f" device {format_bytes(peak.device_peak_bytes)}, host {format_bytes(peak.host_peak_bytes)} at its peak"
+        )
 
     def _step(self, step: int, samples: Sequence[Sample]) -> dict[str, Any]:
         """One optimiser step; returns its line of metrics."""
@@ -120,12 +150,11 @@ class Trainer:
         rate = learning_rate(step, training)
         for group in parts.optimizer.param_groups:
             group["lr"] = rate
-        loss = self._accumulate(samples)
-        norm = parts.backend.clip(training.clip_norm)
-        skip = not (math.isfinite(loss) and math.isfinite(norm))
-        parts.backend.step(skip)
-        if not skip and parts.average is not None:
-            parts.average.update()
+        loss, retries = parts.strategy.attempt(lambda: self._accumulate(samples), f"step {step + 1}")
+        try:
+            norm, skip = self._update(loss)
+        except torch.OutOfMemoryError as error:
+            raise self._lost_update(step, error) from error
         seconds = time.perf_counter() - started
         frames, height, width = samples[0].visit.entry.bucket
         tokens = len(samples) * parts.model.spec.tokens(frames, height, width)
@@ -145,11 +174,35 @@ class Trainer:
             "num_frames": frames,
             **parts.backend.state(),
         }
+        if difference := parts.strategy.difference():
+            line["strategy"] = difference
+        if retries:
+            line["out_of_memory"] = retries
         if skip:
             line |= {"loss": None, "grad_norm": None, "skipped": [sample.visit.key for sample in samples]}
         parts.metrics.write(step + 1, line)
         self._count_skips(step, skip)
         return line | {"step": step + 1}
+
+    def _update(self, loss: float) -> tuple[float, bool]:
+        """(norm of the gradient, whether the update was left out because loss or gradient is not finite)."""
+        parts = self.parts
+        norm = parts.backend.clip(parts.config.training.clip_norm)
+        skip = not (math.isfinite(loss) and math.isfinite(norm))
+        parts.backend.step(skip)
+        if not skip and parts.average is not None:
+            parts.average.update()
+        return norm, skip
+
+    def _lost_update(self, step: int, error: torch.OutOfMemoryError) -> RunError:
+        """Some parameters may have been updated and others not, so nothing of this state is saved."""
+        run, saved = self.parts.run, self.saved_step
+        what = f"the device ran out of memory in the update of step {step + 1} ({first_line(error)})"
+        last = (
+            f"the last checkpoint is {checkpoint_path(run, saved)}" if saved is not None else "no checkpoint is there"
+        )
+        remedy = f"{last}; set memory.optimizer_offload = true or use fewer data.num_frames, then --resume"
+        return RunError(Problem(what, str(run), remedy))
 
     def _accumulate(self, samples: Sequence[Sample]) -> float:
         """Backward over the micro-batches; the loss is the mean over the whole global batch."""
@@ -197,13 +250,16 @@ class Trainer:
 
     def _look(self, step: int) -> None:
         parts = self.parts
+        parts.gauge.begin_stage()
         loss = parts.validation.loss(parts.model) if parts.validation.entries else None
         if loss is not None:
             parts.reporter.line(f"step {step}: validation loss {loss:.4f}")
         for path in parts.validation.sample(parts.model, step, parts.run / "samples"):
             parts.reporter.line(f"step {step}: sample {path}")
         if loss is not None:  # last, so that the line says that the samples are there too
-            parts.metrics.write(step, {"validation_loss": loss})
+            device, host = parts.gauge.stage_peak()
+            peaks = {"validation_device_peak_bytes": device, "validation_host_peak_bytes": host}
+            parts.metrics.write(step, {"validation_loss": loss, **peaks})
 
     def _show(self, line: dict[str, Any], advance: Advance) -> None:
         loss = "skipped" if line["loss"] is None else f"{line['loss']:.4f}"
@@ -212,3 +268,11 @@ class Trainer:
             for tier in ("device", "host")
         )
         advance(line["step"], f"loss {loss}  {line['tokens_per_second']:.0f} tokens/s  {memory}")
+
+
+def largest_micro_batch(sampler: BucketSampler, spec: ModelSpec, size: int, first_step: int) -> list[Visit]:
+    """`size` visits of the bucket with the most tokens among those that are trained from `first_step` on."""
+    begun = max(index for index, (first, _) in enumerate(sampler.stages) if first <= first_step)
+    buckets = [(stage, entries) for stage in range(begun, len(sampler.stages)) for entries in sampler.buckets[stage]]
+    stage, entries = max(buckets, key=lambda found: spec.tokens(*found[1][0].bucket))
+    return [Visit(entries[index % len(entries)], stage, 0) for index in range(size)]

@@ -6,7 +6,7 @@ from math import prod
 from typing import Any
 
 from longtake.errors import ModelError, Problem
-from longtake.models.spec import ModelSpec, Task
+from longtake.models.spec import BlockStages, ModelSpec, Task
 
 KEEP_FP32 = ("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
 """What diffusers keeps in fp32 (`WanTransformer3DModel._keep_in_fp32_modules`)."""
@@ -86,6 +86,9 @@ def _variant(
         "latent_channels": full["out_channels"],
         "fps": 16,
         "text_dim": full["text_dim"],
+        "heads": full["num_attention_heads"],
+        "head_dim": full["attention_head_dim"],
+        "stages": _stages,
         "keep_fp32": KEEP_FP32,
     }
     size, num_frames, shift = made_for
@@ -93,6 +96,12 @@ def _variant(
     return WanVariant(
         name, ModelSpec(**(spec | (spec_changes or {}))), full, *counts, hub_id, vae, size, num_frames, shift
     )
+
+
+def _stages() -> BlockStages:
+    from longtake.models.wan import block
+
+    return block
 
 
 _480P = ((832, 480), 81, 3.0)

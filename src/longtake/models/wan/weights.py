@@ -4,8 +4,6 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from io import FileIO
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +22,7 @@ from longtake.models.wan.headers import TensorHeader
 from longtake.models.wan.keys import to_original
 from longtake.models.wan.signature import differences
 from longtake.models.wan.variants import KEEP_FP32, VARIANTS, WanVariant, variant
+from longtake.models.weight_files import WeightFile, read_weights
 
 _TORCH_TYPES = {
     "BF16": torch.bfloat16,
@@ -33,7 +32,6 @@ _TORCH_TYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-_STAGING_BYTES = 32 * 2**20
 _COMPONENTS = ("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor", "scheduler")
 _FREE_KEYS = ("eps", "rope_max_seq_len")
 
@@ -71,33 +69,66 @@ def locate(model: ModelConfig, bundled: Callable[[str], Path], report: Callable[
     return ModelFiles(chosen, transformers, _components(model.components, bundled, report) or own_root)
 
 
+@dataclass(frozen=True)
+class Loading:
+    """Where each parameter is put, and what becomes of it.
+
+    `place(name)` is the device that a parameter is read onto, or None: then it is not read and stays on `meta`, in its
+    final dtype. Without `place` all are read. `convert(name, tensor)` is what is kept of a tensor right after it was
+    read.
+    """
+
+    place: Callable[[str], torch.device | None] | None = None
+    convert: Callable[[str, Tensor], Tensor] = lambda _name, tensor: tensor
+
+
+ALL_AS_THEY_ARE = Loading()
+
+
 def load_transformer(
-    files: ModelFiles, component: str, dtype: torch.dtype, device: torch.device
+    files: ModelFiles,
+    component: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    loading: Loading = ALL_AS_THEY_ARE,
 ) -> WanTransformer3DModel:
     """The frozen transformer `component` in eval mode, in `dtype` but for what diffusers keeps in fp32, on `device`.
 
-    Tensors are read one after the other with plain reads (pages of a mapped file would count as the process's
-    memory): beyond the final weights this takes a few dozen MiB of host memory. Raises ModelError where the file is
-    damaged, quantised with scales, or where parameters are missing, superfluous, or of another shape.
+    Tensors are read one after the other with plain reads: beyond the final weights this takes one tensor and a few
+    dozen MiB of host memory. Raises ModelError where the file is damaged, quantised with scales, or where parameters
+    are missing, superfluous, or of another shape.
     """
-    if component not in files.transformers:
-        what = f"{files.variant.name} has no {component} here, only {', '.join(files.transformers)}"
-        raise ModelError(Problem(what, "model", "give the folder with both transformers"))
+    found = _detected(files, component)
     path = files.transformers[component]
-    found = detect(path)
-    _check_types(found, path)
     tensors = tensors_of(found)
     with torch.device("meta"):
         transformer = WanTransformer3DModel(**_config(found, path, files.variant))
     shapes = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
     if problems := differences({name: header.shape for name, header in tensors.items()}, shapes, path):
         raise ModelError(problems)
-    transformer.load_state_dict(_read(tensors, dtype, device), assign=True)
+    places = {name: loading.place(name) if loading.place else device for name in tensors}
+
+    def empty(name: str) -> Tensor:
+        kept = any(part in KEEP_FP32 for part in name.split("."))
+        place = places[name] or torch.device("meta")
+        return torch.empty(shapes[name], dtype=torch.float32 if kept else dtype, device=place)
+
+    wanted = {name: weight for name, weight in _located(tensors).items() if places[name] is not None}
+    unread = {name: empty(name) for name, place in places.items() if place is None}
+    transformer.load_state_dict(unread | read_weights(wanted, empty, loading.convert), assign=True)
     # Not in the state dict, so the one part that `meta` left without values.
     config = transformer.config
     rope = WanRotaryPosEmbed(config.attention_head_dim, config.patch_size, config.rope_max_seq_len)
     transformer.rope = rope.to(device)
     return transformer.requires_grad_(False).eval()
+
+
+def weight_files(files: ModelFiles, component: str) -> dict[str, WeightFile]:
+    """Where the values of each of the transformer's parameters, by its name there, lie in the files.
+
+    Raises ModelError as `load_transformer` does for the files' headers.
+    """
+    return _located(tensors_of(_detected(files, component)))
 
 
 def save_transformer(
@@ -209,41 +240,23 @@ def _config(found: Checkpoint, path: Path, chosen: WanVariant) -> dict[str, Any]
     return config
 
 
-def _read(tensors: Mapping[str, TensorHeader], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Every tensor, in the order of the files so that the disk reads ahead."""
-    in_order = sorted(tensors.items(), key=lambda item: (str(item[1].file), item[1].start))
-    state: dict[str, Tensor] = {}
-    # One for all: a new one for each tensor leaves holes in the heap, hundreds of MiB of them.
-    staging = torch.empty(_STAGING_BYTES, dtype=torch.uint8)
-    for path, group in groupby(in_order, key=lambda item: item[1].file):
-        with path.open("rb", buffering=0) as file:
-            for name, header in group:
-                kept = any(part in KEEP_FP32 for part in name.split("."))
-                final = torch.empty(header.shape, dtype=torch.float32 if kept else dtype, device=device)
-                _read_tensor(file, name, header, final.view(-1), staging)
-                state[name] = final
-    return state
+def _detected(files: ModelFiles, component: str) -> Checkpoint:
+    if component not in files.transformers:
+        what = f"{files.variant.name} has no {component} here, only {', '.join(files.transformers)}"
+        raise ModelError(Problem(what, "model", "give the folder with both transformers"))
+    path = files.transformers[component]
+    found = detect(path)
+    _check_types(found, path)
+    return found
 
 
-def _read_tensor(file: FileIO, name: str, header: TensorHeader, final: Tensor, staging: Tensor) -> None:
-    """Fills `final` [values], through the bytes of `staging` where the dtype or the device differs."""
-    source = _TORCH_TYPES.get(header.dtype)
-    if source is None:
+def _located(tensors: Mapping[str, TensorHeader]) -> dict[str, WeightFile]:
+    """Layouts differ in names alone, so that a tensor's bytes are the parameter's, row by row."""
+    quantised = [(name, header) for name, header in tensors.items() if header.dtype not in _TORCH_TYPES]
+    if quantised:
+        name, header = quantised[0]
         raise ModelError(Problem(f"{name} is of type {header.dtype}: a quantised file", str(header.file)))
-    file.seek(header.start)
-    if final.device.type == "cpu" and final.dtype == source:
-        _fill(file, final, header.file)
-        return
-    values = staging.view(source)
-    for part in final.split(values.numel()):
-        _fill(file, values[: part.numel()], header.file)
-        part.copy_(values[: part.numel()])
-
-
-def _fill(file: FileIO, values: Tensor, path: Path) -> None:
-    rest = values.view(torch.uint8).numpy().data
-    while rest:
-        count = file.readinto(rest)
-        if not count:
-            raise ModelError(Problem("the file ended early: it was changed while it was read", str(path)))
-        rest = rest[count:]
+    return {
+        name: WeightFile(header.file, header.start, header.nbytes, _TORCH_TYPES[header.dtype])
+        for name, header in tensors.items()
+    }
