@@ -99,8 +99,8 @@ def test_more_slices_than_tokens_and_more_groups_than_heads_are_one_each(loaded:
     loss, gradients = step(model, "tiny-t2v")
     with sliced(model, (TOKENS, 5, True)):
         each_loss, each = step(model, "tiny-t2v")
-    # Sums of single tokens round more: with 18 of them 1.0e-5 for the keys' bias in cross-attention, a difference of large numbers
-    # for which the plain model is 0.6e-5 away from fp64.
+    # Sums of single tokens round more: with 18 of them 1.0e-5 for the keys' bias in cross-attention, a difference of
+    # large numbers for which the plain model is 0.6e-5 away from fp64.
     assert farthest(each, gradients) < 2e-5
     with sliced(model, (100, 9, True)):
         other_loss, other = step(model, "tiny-t2v")
