@@ -1,113 +1,102 @@
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-import torch
-from torch.nn import functional
 
-from longtake.config.schema import LoraConfig, TrainingConfig
-from longtake.models.wan.variants import variant
-
-FRAMES, SIZE, RANK = 81, (160, 96), 8
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "trace_step.py"
+GIB = 2**30
+RANK = 8
+FRAMES = (49, 81)
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("trace_step", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["trace_step"] = module  # where dataclasses look their annotations up
-    spec.loader.exec_module(module)
-    return module
+def table(script: Callable[[str], Any]) -> Any:
+    return script("trace_step")
 
 
 @pytest.fixture(scope="module")
-def traced(script: ModuleType) -> Any:
-    return script.build(variant("tiny-i2v"), LoraConfig(rank=RANK), TrainingConfig())
+def tiny(table: Any) -> Any:
+    return table.Case("tiny-i2v", (160, 96), RANK)
 
 
-def peak_of(script: ModuleType, traced: Any, strategy: str, **choices: bool) -> Any:
-    batch = script.meta_batch(traced.spec, FRAMES, SIZE)
-    return script.trace(traced, script.STRATEGIES[strategy], batch, **choices)
+@pytest.fixture(scope="module")
+def found(table: Any, tiny: Any) -> Iterator[Any]:
+    with ThreadPoolExecutor(1) as workers:
+        yield table.steps(tiny, [*table.strategies(4)], FRAMES, workers)
 
 
-def test_the_ledger_counts_rounded_storages_while_they_live_and_views_not_at_all(script: ModuleType) -> None:
-    with script.Ledger("cpu") as ledger:
-        first = torch.zeros(129)
-        view = first[1:].view(2, 64)
-        del first
-        assert ledger.now == {"blocks": 1024}
-        second = torch.zeros(1)
-        ledger.hold("inputs", [view])
-        assert ledger.now == {"blocks": 512, "inputs": 1024}
-        del view, second
-        assert ledger.now.total() == 0
-    assert ledger.peak.total() == 1536
+def test_every_named_strategy_is_traced_at_every_length(table: Any, found: Any) -> None:
+    assert set(found) == {(name, frames) for name in table.strategies(4) for frames in FRAMES}
+    assert all(step.peak.total() > 0 and step.flops > 0 for step in found.values())
 
 
-def test_checkpointing_keeps_each_blocks_input_in_bf16_and_one_block(script: ModuleType, traced: Any) -> None:
-    plain, checkpointed = (peak_of(script, traced, strategy) for strategy in ("no checkpointing", "per block"))
-    tokens, dim, layers = traced.spec.tokens(FRAMES, SIZE[1], SIZE[0]), 5 * 32, 4
-    assert checkpointed["inputs"] == layers * -(-tokens * dim * 2 // 512) * 512
-    assert 0.2 * plain["blocks"] < checkpointed["blocks"] < 0.4 * plain["blocks"]
-    assert checkpointed["weights"] == plain["weights"]
+def test_the_most_frugal_strategy_takes_least(table: Any, found: Any) -> None:
+    totals = {name: found[name, FRAMES[-1]].peak.total() for name in table.strategies(4)}
+    assert min(totals, key=lambda name: totals[name]) == table.MOST_FRUGAL
+    assert max(totals, key=lambda name: totals[name]) == "no checkpointing"
 
 
-def test_adapters_and_two_moments_are_held_in_fp32(script: ModuleType, traced: Any) -> None:
-    peak = peak_of(script, traced, "per block")
-    rounded = sum(-(-parameter.nbytes // 512) * 512 for parameter in traced.parameters.values())
-    assert all(parameter.dtype == torch.float32 for parameter in traced.parameters.values())
-    assert (peak["adapters"], peak["optimizer"]) == (rounded, 2 * rounded)
+def test_every_exact_strategy_quantises_nothing(table: Any) -> None:
+    quantised = {name for name, strategy in table.strategies(40).items() if strategy.quantization != "none"}
+    assert quantised == {"inputs to host, int8", "inputs to host, nf4"}
 
 
-def test_what_autocast_does_to_rms_norm_changes_nothing_because_norms_are_kept_out_of_it(
-    script: ModuleType, traced: Any
+def test_the_tables_have_a_line_for_each_strategy(table: Any, tiny: Any, found: Any) -> None:
+    names = [*table.strategies(4)]
+    peaks = [*table.peaks(found, tiny, names, FRAMES)]
+    assert peaks[2] == "| tokens | 780 | 1,260 | |"
+    for lines in (peaks[3:], [*table.breakdown(found, names, 81)][2:], [*table.costs(found, names, 81)][2:]):
+        assert [line.split(" | ")[0] for line in lines] == [f"| {name}" for name in names]
+
+
+def test_growth_is_bytes_over_tokens(table: Any, tiny: Any, found: Any) -> None:
+    fewer, more = (found[table.PLAIN, frames].peak.total() for frames in (49, 81))
+    assert table.bytes_a_token(found, tiny, table.PLAIN, (49, 81)) == (more - fewer) / 480
+
+
+def test_the_reconciliation_ends_at_the_table(table: Any, tiny: Any, found: Any) -> None:
+    changes = [*table.reconciliation(table.model_of(tiny), tiny, 81)]
+    assert [what for what, _ in changes[1:]] == [what for what, _ in table.CHANGES]
+    assert changes[-1][1] == found[table.PLAIN, 81].peak.total()
+    assert len([*table.way(changes)]) == 1 + len(changes)
+
+
+def test_what_is_alive_at_the_peak_is_told_with_what_made_it(table: Any, tiny: Any) -> None:
+    lines = [*table.explained(tiny, table.MOST_FRUGAL, 81)]
+    assert len(lines) == 40
+    assert any("weights    held" in line for line in lines)
+
+
+def test_the_first_table_can_have_one_length_alone(table: Any, tiny: Any, found: Any) -> None:
+    assert [*table.peaks(found, tiny, [table.PLAIN], (81,))][-1].endswith("|  |")
+
+
+@pytest.mark.long
+def test_plain_checkpointing_of_the_14b_reconciles_with_another_trace_to_half_a_gib(
+    table: Any, script: Callable[[str], Any], step_of_14b: Callable[[str, int], Any]
 ) -> None:
-    inside, outside = (
-        peak_of(script, traced, "no checkpointing", rms_norm_in_fp32=in_fp32)["blocks"] for in_fp32 in (True, False)
-    )
-    assert inside == outside
+    case = script("memory_over_time").CASE
+    changes = [*table.reconciliation(table.model_of(case), case, 129)]
+    assert abs(changes[0][1] - table.OF_ANOTHER_TRACE * GIB) < 0.5 * GIB
+    assert changes[-1][1] == step_of_14b(table.PLAIN, 129).peak.total()
+    assert abs(changes[-1][1] - table.OF_ANOTHER_TRACE * GIB) < 0.5 * GIB
 
 
-def test_a_traced_step_updates_every_adapter_and_leaves_the_model_as_it_was(script: ModuleType, traced: Any) -> None:
-    states = [traced.optimizer.state[parameter] for parameter in traced.parameters.values()]
-    before = [int(state["step"]) for state in states]
-    peak_of(script, traced, "per block")
-    assert [int(state["step"]) for state in states] == [step + 1 for step in before]
-    assert all(parameter.grad is None for parameter in traced.parameters.values())
-    assert "forward" not in vars(traced.transformer)
-    assert not any(block._forward_pre_hooks for block in traced.transformer.blocks)
+@pytest.mark.long
+def test_the_most_frugal_step_of_the_14b_at_129_frames_fits_into_12_gib(
+    table: Any, step_of_14b: Callable[[str, int], Any]
+) -> None:
+    peak = step_of_14b(table.MOST_FRUGAL, 129).peak
+    on_device = 2 * peak["adapters"]  # Adam's two moments, which this strategy has in host memory
+    assert peak.total() + on_device < 12 * GIB
 
 
-def test_a_step_is_traced_to_the_same_bytes_twice(script: ModuleType, traced: Any) -> None:
-    assert peak_of(script, traced, "per block") == peak_of(script, traced, "per block")
-
-
-def test_torchs_functions_are_put_back_after_an_error(script: ModuleType) -> None:
-    names = ("linear", "conv3d", "rms_norm", "scaled_dot_product_attention")
-    before = [getattr(functional, name) for name in names]
-    context = script.operators_of_cuda(True)
-    context.__enter__()
-    assert [getattr(functional, name) for name in names] != before
-    context.__exit__(ValueError, ValueError("an error inside"), None)
-    assert [getattr(functional, name) for name in names] == before
-
-
-def test_meta_linear_is_cast_where_the_cpus_autocast_is_on_and_only_there(script: ModuleType) -> None:
-    rows, weight = torch.empty(2, 4, device="meta"), torch.empty(3, 4, device="meta")
-    with script.operators_of_cuda(True):
-        assert functional.linear(rows, weight).dtype == torch.float32
-        with torch.autocast("cpu", torch.bfloat16):
-            assert functional.linear(rows, weight).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("name", ["tiny-t2v", "tiny-flf2v", "tiny-ti2v"])
-def test_every_kind_of_model_can_be_traced(script: ModuleType, name: str) -> None:
-    traced = script.build(variant(name), LoraConfig(rank=RANK), TrainingConfig())
-    peak = peak_of(script, traced, "per block")
-    assert set(peak) >= set(script.KINDS) - {"gradients"}
+@pytest.mark.long
+def test_the_most_frugal_peak_of_the_14b_grows_by_at_most_130_kb_a_token(
+    table: Any, script: Callable[[str], Any], step_of_14b: Callable[[str, int], Any]
+) -> None:
+    names, frames = (table.PLAIN, table.MOST_FRUGAL), (81, 129)
+    found = {(name, each): step_of_14b(name, each) for name in names for each in frames}
+    plain, frugal = (table.bytes_a_token(found, script("memory_over_time").CASE, name, frames) for name in names)
+    assert frugal < 0.13e6
+    assert plain > 5 * frugal
