@@ -38,7 +38,7 @@ def test_the_most_frugal_strategy_takes_least(table: Any, found: Any) -> None:
 
 def test_every_exact_strategy_quantises_nothing(table: Any) -> None:
     quantised = {name for name, strategy in table.strategies(40).items() if strategy.quantization != "none"}
-    assert quantised == {"inputs to host, int8", "inputs to host, nf4"}
+    assert quantised == set(table.QUANTISED)
 
 
 def test_the_tables_have_a_line_for_each_strategy(table: Any, tiny: Any, found: Any) -> None:
@@ -47,6 +47,17 @@ def test_the_tables_have_a_line_for_each_strategy(table: Any, tiny: Any, found: 
     assert peaks[2] == "| tokens | 780 | 1,260 | |"
     for lines in (peaks[3:], [*table.breakdown(found, names, 81)][2:], [*table.costs(found, names, 81)][2:]):
         assert [line.split(" | ")[0] for line in lines] == [f"| {name}" for name in names]
+
+
+def test_a_card_gets_the_exact_strategy_that_fits_and_computes_least(table: Any, found: Any) -> None:
+    names = [*table.strategies(4)]
+    large, *_, small = [*table.cards(found, names, (81,))][2:]
+    assert large.startswith("| 80 | no checkpointing: ")
+    assert small.startswith("| 16 | no checkpointing: ")
+    peak = found["per block, attention kept", 81].peak.total()
+    chosen = table._for_card(found, names, 81, peak / (1 - table.SPARE) / GIB * 1.0001)
+    assert chosen.startswith("per block, attention kept: ")
+    assert table._for_card(found, names, 81, 0) == "none"
 
 
 def test_growth_is_bytes_over_tokens(table: Any, tiny: Any, found: Any) -> None:

@@ -18,9 +18,9 @@ from longtake.config.schema import (
     ValidationConfig,
 )
 from longtake.data.encode import prepare
+from longtake.memory_gauge import MemoryGauge
 from longtake.models.wan.variants import variant
 from longtake.progress import Reporter
-from longtake.training.memory_gauge import MemoryGauge
 from longtake.training.metrics import FILE, read_metrics
 from longtake.training.run import train
 

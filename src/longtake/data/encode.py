@@ -3,6 +3,7 @@
 import gc
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from longtake.data.dataset import Placed, cache_settings, place, read_sources
 from longtake.data.metadata import usable
 from longtake.data.video import content_hash, read_clip
 from longtake.errors import CacheError, DataError, ModelError, Problem
+from longtake.memory_gauge import MemoryGauge
 from longtake.models.spec import ModelSpec
 from longtake.models.wan import encoders
 from longtake.models.wan.conditioning import image_condition
@@ -74,8 +76,16 @@ def prepare(
     keys = _Keys(spec, prints, hashes)
     entries = [keys.entry(item) for item in placed]
     failed: dict[str, Problem] = {}
-    for title, load, work in _passes(placed, keys, spec, root, device):
-        failed |= _run(cache, title, load, work, reporter, ranks)
+    with closing(MemoryGauge(device)) as gauge:
+        for title, load, work in _passes(placed, keys, spec, root, device):
+            mine = _missing(cache, work, ranks)
+            if mine:
+                with gauge.stage(title, reporter.line):
+                    _make(cache, title, load(), mine, reporter, len(work[ranks[0] :: ranks[1]]))
+                    _release()
+            else:
+                reporter.line(f"{title}: all {len(work)} cached")
+            failed |= _rejected(cache, work)
     manifest = Manifest(settings, tuple(_without(entries, placed, failed)), keys.text(""))
     if cache.missing(manifest):
         return None
@@ -189,17 +199,14 @@ def _text_of(prompt: str) -> Callable[[Any], Tensors]:
     return lambda encoder: {"prompt_embeds": encoders.encode_prompt(encoder, prompt).cpu()}
 
 
-def _run(
-    cache: Cache, title: str, load: Callable[[], Any], work: list[Work], reporter: Reporter, ranks: tuple[int, int]
-) -> dict[str, Problem]:
-    """Makes what is missing of this rank's share; returns why, by key, for what could not be made by any rank."""
+def _missing(cache: Cache, work: list[Work], ranks: tuple[int, int]) -> list[Work]:
+    """What is not there of this rank's share."""
     rank, world = ranks
-    mine = [item for item in work[rank::world] if not cache.has(item.kind, item.key)]
-    if mine:
-        _make(cache, title, load(), mine, reporter, len(work[rank::world]))
-        _release()
-    else:
-        reporter.line(f"{title}: all {len(work)} cached")
+    return [item for item in work[rank::world] if not cache.has(item.kind, item.key)]
+
+
+def _rejected(cache: Cache, work: list[Work]) -> dict[str, Problem]:
+    """Why, by key, for what could not be made by any rank."""
     found = {item.key: cache.rejection(item.kind, item.key) for item in work}
     return {key: problem for key, problem in found.items() if problem is not None}
 

@@ -1,7 +1,7 @@
 """A whole run, from a config to an adapter: what `longtake train` does."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,12 +19,12 @@ from longtake.errors import ConfigError, Problem
 from longtake.lora import adapter_state, save_adapter
 from longtake.memory.accounting import Workload
 from longtake.memory.optimizer_offload import OffloadedAdamW
+from longtake.memory_gauge import MemoryGauge
 from longtake.models.wan.weights import ModelFiles, save_transformer
 from longtake.progress import Reporter
 from longtake.training.checkpoint import Checkpoint, load_newest
 from longtake.training.fallback import StrategyInForce, first_line, out_of_memory
 from longtake.training.interrupt import stop_request
-from longtake.training.memory_gauge import MemoryGauge
 from longtake.training.metrics import Metrics
 from longtake.training.model import TrainedModel, build_model, choose_expert, find_model
 from longtake.training.optimizer import MovingAverage, allocate_states, build_optimizer
@@ -58,7 +58,7 @@ def train(config: RunConfig, resume: bool, reporter: Reporter) -> Path:
     sampler = BucketSampler(training_entries, stages, config.training.seed, batch_size)
     held = [entry for entry in held if stages[-1][1] in entry.stages]
     validation = Validation(config, held, reader, root, device)
-    with open_run(config, resume, reporter.line) as run, stop_request() as stop, _gauge(device) as gauge:
+    with open_run(config, resume, reporter.line) as run, stop_request() as stop, closing(MemoryGauge(device)) as gauge:
         _budget(config, gauge, device, reporter)
         model = build_model(config, model_files, device)
         validation.requests(model)
@@ -107,15 +107,6 @@ def adapter_metadata(config: RunConfig, model_files: ModelFiles) -> dict[str, st
         "longtake.num_frames": str(config.data.num_frames),
         "longtake.steps": str(config.training.steps),
     }
-
-
-@contextmanager
-def _gauge(device: torch.device) -> Iterator[MemoryGauge]:
-    gauge = MemoryGauge(device)
-    try:
-        yield gauge
-    finally:
-        gauge.close()
 
 
 def _budget(config: RunConfig, gauge: MemoryGauge, device: torch.device, reporter: Reporter) -> None:

@@ -13,6 +13,7 @@ from longtake.config.schema import RunConfig
 from longtake.data.loader import BucketSampler, EntryReader, Prefetcher, Visit
 from longtake.distributed.backend import Backend
 from longtake.errors import Problem, RunError
+from longtake.memory_gauge import MemoryGauge
 from longtake.models.spec import ModelSpec
 from longtake.progress import Advance, Reporter
 from longtake.training.batch import Sample, collate, read_sample, summed_loss
@@ -20,7 +21,6 @@ from longtake.training.checkpoint import Checkpoint, checkpoint_path, save_check
 from longtake.training.fallback import StrategyInForce, first_line
 from longtake.training.flow_matching import generator_for
 from longtake.training.interrupt import StopRequest
-from longtake.training.memory_gauge import MemoryGauge
 from longtake.training.metrics import Metrics
 from longtake.training.model import TrainedModel
 from longtake.training.optimizer import MovingAverage, learning_rate, load_optimizer_tensors, optimizer_tensors

@@ -2,7 +2,7 @@
 
 import torch
 
-from longtake.training.memory_gauge import MemoryGauge
+from longtake.memory_gauge import MemoryGauge
 
 CPU = torch.device("cpu")
 LARGE, SMALL = 200 * 2**20, 50 * 2**20

@@ -3,12 +3,15 @@
 import contextlib
 import os
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pynvml
 import torch
+
+from longtake.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,14 @@ class MemoryGauge:
         _forget_peak()
         if self.driver is not None:
             torch.cuda.reset_peak_memory_stats(self.device)
+
+    @contextlib.contextmanager
+    def stage(self, title: str, say: Callable[[str], None]) -> Iterator[None]:
+        """Says when the context ends what the stage took at its peak."""
+        self.begin_stage()
+        yield
+        device, host = self.stage_peak()
+        say(f"{title}: took device {format_bytes(device)}, host {format_bytes(host)} at the peak")
 
     def stage_peak(self) -> tuple[int, int]:
         """(device, host) bytes at their peak since `begin_stage`.
