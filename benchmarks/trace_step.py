@@ -1,284 +1,263 @@
 """Traces one whole LoRA training step on the `meta` device and prints its peak bytes: no GPU, no weights, no data.
 
-The trainer's own pieces run: `lora.attach`, `memory.strategy.apply`, `training.precision.compute_in`,
-`training.batch.summed_loss`, AdamW. Only operators are exchanged for those of a CUDA device (`operators_of_cuda`).
-
     python benchmarks/trace_step.py
     python benchmarks/trace_step.py --model wan2.1-t2v-1.3b --frames 81 --size 832x480
+    python benchmarks/trace_step.py --strategies "most frugal" --frames 129 --explain
+
+It prints peaks under named strategies and how they grow with the tokens; what is alive at the peak of the longest clip,
+and what the strategy costs there; what fits which card; and how plain checkpointing's peak comes about from that of a
+simpler trace.
 """
 
 import argparse
-import resource
-import tempfile
+import gc
+import multiprocessing
+import os
 import time
-import weakref
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any
-from unittest.mock import patch
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import TypeAlias
 
 import torch
-from diffusers import WanTransformer3DModel
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from meta_training import Details, Step, Traced, as_it_was, build, meta_batch, trace
+from tracing import Ledger
 
 from longtake.config.schema import LoraConfig, MemoryStrategy, TrainingConfig
-from longtake.distributed.backend import SingleDevice
-from longtake.lora import attach
-from longtake.memory.strategy import apply
-from longtake.models.spec import ModelSpec
-from longtake.models.wan.conditioning import Conditioning
-from longtake.models.wan.variants import KEEP_FP32, VARIANTS, WanVariant, variant
-from longtake.training.batch import Batch, summed_loss
-from longtake.training.optimizer import build_optimizer, trained_parameters
-from longtake.training.precision import compute_in
+from longtake.memory.quantization import quantize_blocks
+from longtake.memory.strategy import MOST_FRUGAL_HEAD_GROUPS, MOST_FRUGAL_SLICES
+from longtake.models.wan.variants import VARIANTS, variant
+from longtake.training.batch import Batch
 
-META = torch.device("meta")
-GRANULE = 512
-"""Bytes that CUDA's caching allocator rounds an allocation up to."""
-KINDS = ("weights", "adapters", "gradients", "optimizer", "inputs", "blocks")
-"""`inputs` are those of the blocks; `blocks` is all that has no other name: activations, their gradients, the batch."""
-RMS_NORM_IN_FP32 = torch.__version__ >= "2.12"
-"""Whether autocast on CUDA casts what rms_norm is given to fp32 (https://github.com/pytorch/pytorch/issues/188955)."""
-STRATEGIES = {
-    "no checkpointing": MemoryStrategy(gradient_checkpointing="none"),
-    "per block": MemoryStrategy(gradient_checkpointing="block"),
-}
-
-
-class Ledger(TorchDispatchMode):
-    """Counts the bytes of the storages of one device type that are alive, by kind, and keeps the counts at the peak."""
-
-    def __init__(self, device_type: str = "meta") -> None:
-        super().__init__()
-        self.device_type = device_type
-        self.now: Counter[str] = Counter()
-        self.peak: Counter[str] = Counter()
-        self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], str, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.hold("blocks", (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)), rename=False)
-        return result
-
-    def hold(self, kind: str, tensors: Iterable[Tensor], rename: bool = True) -> None:
-        """Counts the storages of `tensors` as `kind`; those that are counted already only with `rename`."""
-        for tensor in tensors:
-            if tensor.device.type != self.device_type:
-                continue
-            storage = tensor.untyped_storage()
-            key = storage._cdata
-            if key not in self._alive:
-                size = -(-storage.nbytes() // GRANULE) * GRANULE
-                self._alive[key] = (weakref.ref(storage, partial(self._freed, key)), kind, size)
-                self.now[kind] += size
-            elif rename:
-                reference, old, size = self._alive[key]
-                self._alive[key] = (reference, kind, size)
-                self.now[old] -= size
-                self.now[kind] += size
-        if self.now.total() > self.peak.total():
-            self.peak = self.now.copy()
-
-    def _freed(self, key: int, _reference: weakref.ref[torch.UntypedStorage]) -> None:
-        _, kind, size = self._alive.pop(key)
-        self.now[kind] -= size
-
-
-class _FusedRMSNorm(torch.autograd.Function):
-    """CUDA's rms_norm, as far as memory goes: it keeps its input and one fp32 number a row.
-
-    `aten._fused_rms_norm` has a kernel and a derivative on CUDA alone; on `meta` it is decomposed.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weight, rows.new_empty((*rows.shape[:-1], 1), dtype=torch.float32))
-        return torch.empty_like(rows)
-
-    @staticmethod
-    def backward(ctx: Any, *_gradients: Tensor) -> tuple[Tensor, Tensor | None]:
-        rows, weight, _ = ctx.saved_tensors
-        return torch.empty_like(rows), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-
-
-@contextmanager
-def operators_of_cuda(rms_norm_in_fp32: bool) -> Iterator[None]:
-    """Inside the context `meta` tensors go through the operators, and the casts of autocast, that CUDA's would.
-
-    Autocast knows no `meta` device and is disabled for CUDA where there is none, so the CPU's switch is read as
-    CUDA's: linear, convolution and attention compute in its type, with `rms_norm_in_fp32` rms_norm in fp32
-    (ATen/autocast_mode.h; layer_norm, in that list too, is given fp32 by the model). Autocast's cache of cast weights
-    is left out: at this step's peak it holds little that the graph does not (25 MiB for the 14B without checkpointing).
-    Functions are replaced, because a TorchFunctionMode is not active while backward recomputes a block; checkpointing
-    restores the CPU's switch there.
-    """
-    linear, conv3d = functional.linear, functional.conv3d
-
-    def lowered(*tensors: Tensor | None) -> Iterator[Any]:
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-        return (tensor if dtype is None or tensor is None else tensor.to(dtype) for tensor in tensors)
-
-    def cuda_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-        return linear(*lowered(input, weight, bias))
-
-    def cuda_conv3d(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
-        return conv3d(*lowered(input, weight, bias), *rest)
-
-    def cuda_rms_norm(input: Tensor, _shape: Any, weight: Tensor, _eps: float | None = None) -> Any:
-        if rms_norm_in_fp32 and torch.is_autocast_enabled("cpu"):
-            input, weight = input.float(), weight.float()
-        assert input.dtype == weight.dtype, "CUDA fuses no rms_norm of two types"
-        return _FusedRMSNorm.apply(input, weight)
-
-    def cuda_attention(query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> Any:
-        assert keywords["attn_mask"] is None, "flash attention has no mask"
-        options = (keywords["dropout_p"], keywords["is_causal"])
-        flash = torch.ops.aten._scaled_dot_product_flash_attention
-        return flash(*lowered(query, key, value), *options, scale=keywords["scale"])[0]
-
-    with ExitStack() as replaced:
-        for function in (cuda_linear, cuda_conv3d, cuda_rms_norm):
-            replaced.enter_context(patch.object(functional, function.__name__.removeprefix("cuda_"), function))
-        replaced.enter_context(patch.object(functional, "scaled_dot_product_attention", cuda_attention))
-        yield
+PLAIN = "per block"
+SWAPPED = "inputs to host, all swapped"
+ONE_GROUP = "inputs to host, all swapped, 16 slices"
+"""Traced on request alone: traces in slices take longest."""
+MOST_FRUGAL = "most frugal"
+"""The one before it in `strategies` but for the optimiser's states, which wait in host memory."""
+KINDS = ("weights", "buffers", "adapters", "gradients", "optimizer", "inputs", "blocks", "workspace")
+OF_ANOTHER_TRACE = 69.0
+"""GiB per block at 129 frames, from a trace of diffusers' model alone that was made without this program."""
+SIMPLER = Details(torch.bfloat16, adam=False, fused_rms_norm=False, workspaces=False)
+CHANGES = (
+    ("rms_norm is CUDA's one operator and keeps its bf16 input, no fp32 intermediates", {"fused_rms_norm": True}),
+    ("adapters in fp32, with peft's fp32 copy of each one's input", {"adapters": torch.float32, "peft_casts": True}),
+    ("without those copies, which `compute_in` switches off", {"peft_casts": False}),
+    ("AdamW's two moments in fp32, and its update", {"adam": True}),
+    ("workspaces of attention's backward pass", {"workspaces": True}),
+)
+"""From the simpler trace to that of the trainer's step."""
+QUANTISED = ("inputs to host, int8", "inputs to host, nf4", "inputs to host, all swapped, int8")
+CARDS = (80, 48, 24, 16)
+SPARE = 0.1
+"""Share of a card that its table leaves to the CUDA context and to the allocator's slack."""
+Steps: TypeAlias = dict[tuple[str, int], Step]
+"""By strategy and frames."""
 
 
 @dataclass(frozen=True)
-class Traced:
-    """What a step is traced with; the optimiser has its states, as after a first step."""
+class Case:
+    """What is traced: a model's name, (width, height) in pixels, the LoRA's rank."""
 
-    spec: ModelSpec
-    transformer: Any
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    training: TrainingConfig
+    model: str
+    size: tuple[int, int]
+    rank: int
 
-
-def build(model: WanVariant, lora: LoraConfig, training: TrainingConfig) -> Traced:
-    """The model on `meta` as `training.model.build_model` would have it on a device, weights in bf16."""
-    with META:
-        transformer = WanTransformer3DModel(**model.transformer_config)
-    for name, parameter in transformer.named_parameters():
-        kept = any(part in KEEP_FP32 for part in name.split("."))
-        parameter.data = parameter.data.to(torch.float32 if kept else torch.bfloat16)
-    attach(transformer, lora, training.seed)
-    transformer.train()
-    parameters = trained_parameters(transformer)
-    optimizer = build_optimizer(parameters, training)
-    for parameter in parameters.values():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return Traced(model.spec, transformer, parameters, optimizer, training)
+    def tokens(self, frames: int) -> int:
+        """Of a clip."""
+        return variant(self.model).spec.tokens(frames, self.size[1], self.size[0])
 
 
-def meta_batch(spec: ModelSpec, num_frames: int, size: tuple[int, int]) -> Batch:
-    """One sample without values, in the types of `training.batch.collate`; `size` is (width, height) in pixels."""
-    width, height = size
-    shape = spec.latent_shape(num_frames, height, width)
-
-    def empty(*sides: int) -> Tensor:
-        return torch.empty(1, *sides, device=META)
-
-    conditioning = Conditioning(
-        prompt_embeds=empty(spec.text_tokens, spec.text_dim),
-        image_embeds=empty(spec.image_tokens, spec.image_dim) if spec.image_tokens else None,
-        condition=empty(shape[0] + 4, *shape[1:]) if spec.task in ("i2v", "flf2v") else None,
-        first_latents=empty(shape[0], 1, *shape[2:]) if spec.task == "ti2v" and shape[1] > 1 else None,
-    )
-    return Batch(empty(*shape), empty(*shape), empty(), empty(), conditioning)
-
-
-def trace(
-    traced: Traced, strategy: MemoryStrategy, batch: Batch, rms_norm_in_fp32: bool = RMS_NORM_IN_FP32
-) -> Counter[str]:
-    """Bytes of each of `KINDS` at the peak of one training step: one micro-batch, no gradients at its start."""
-    ledger = Ledger()
-    frozen = [parameter for parameter in traced.transformer.parameters() if not parameter.requires_grad]
-    ledger.hold("weights", [*frozen, *traced.transformer.buffers()])
-    ledger.hold("adapters", traced.parameters.values())
-    states = [value for state in traced.optimizer.state.values() for value in state.values()]
-    ledger.hold("optimizer", states)
-    ledger.hold("blocks", (value for value in _tensors(batch) if isinstance(value, Tensor)))
-    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        stack.enter_context(_labelled(traced, ledger))
-        stack.enter_context(operators_of_cuda(rms_norm_in_fp32))
-        stack.enter_context(apply(traced.transformer, traced.spec, strategy, Path(scratch)))
-        with ledger:
-            _step(traced, batch)
-    return ledger.peak
+def strategies(blocks: int) -> dict[str, MemoryStrategy]:
+    """The named strategies for a model of `blocks` blocks; all but the quantised ones are exact."""
+    host, kept = {"activation_offload": "host"}, {"gradient_checkpointing": "block_keep_attention"}
+    half, swapped = {"block_swap": max(blocks // 2, 3)}, {**host, "block_swap": blocks}
+    sliced = {**swapped, "slices": MOST_FRUGAL_SLICES}
+    grouped = {**sliced, "attention_head_groups": MOST_FRUGAL_HEAD_GROUPS}
+    named = {
+        "no checkpointing": {"gradient_checkpointing": "none"},
+        "every 2 blocks": {"checkpoint_every": 2},
+        PLAIN: {},
+        "per block, 8-bit AdamW": {"optimizer": "adamw8bit"},
+        "per block, attention kept": kept,
+        "inputs to host": host,
+        "inputs and attention to host": {**host, **kept},
+        "inputs to host, half swapped": {**host, **half},
+        "inputs and attention to host, half swapped": {**host, **kept, **half},
+        SWAPPED: swapped,
+        "inputs and attention to host, all swapped": {**swapped, **kept},
+        ONE_GROUP: sliced,
+        "inputs to host, all swapped, 16 slices, 4 head groups": grouped,
+        "inputs and attention to host, all swapped, 16 slices, 4 head groups": {**grouped, **kept},
+        MOST_FRUGAL: {**grouped, "optimizer_offload": True},
+        QUANTISED[0]: {**host, "quantization": "int8"},
+        QUANTISED[1]: {**host, "quantization": "nf4"},
+        QUANTISED[2]: {**swapped, "quantization": "int8"},
+    }
+    return {name: MemoryStrategy.model_validate(fields) for name, fields in named.items()}
 
 
-def _step(traced: Traced, batch: Batch) -> None:
-    """`training.trainer.Trainer._step` for one micro-batch, without its reading of values, which `meta` has not."""
-    parameters = [*traced.parameters.values()]
-    backend = SingleDevice(parameters, traced.optimizer, META, fp16=False)
-    with compute_in(traced.transformer, traced.spec, "bf16", torch.device("cpu")):
-        backend.backward(summed_loss(traced.transformer, traced.spec, batch))
-    nn.utils.clip_grad_norm_(parameters, traced.training.clip_norm)
-    backend.step(skip=False)
+def steps(case: Case, names: Sequence[str], frames: Sequence[int], workers: Executor) -> Steps:
+    """Traces of a step of one clip under every strategy, by (strategy, frames)."""
+    chosen = strategies(variant(case.model).transformer_config["num_layers"])
+    tasks: list[tuple[str, tuple[int, ...]]] = []
+    for name in names:
+        together = chosen[name].quantization != "none"  # quantising takes longer than tracing
+        tasks += [(name, tuple(frames))] if together else [(name, (each,)) for each in frames]
+    longest = sorted(tasks, key=lambda task: -chosen[task[0]].slices)
+    found: Steps = {}
+    for task, traced in zip(longest, workers.map(partial(_traced, case), longest), strict=True):
+        found |= {(task[0], each): step for each, step in zip(task[1], traced, strict=True)}
+    return found
 
 
-@contextmanager
-def _labelled(traced: Traced, ledger: Ledger) -> Iterator[None]:
-    """Tells `ledger` which storages are inputs of blocks and which are gradients of parameters."""
-
-    def entered(_block: nn.Module, arguments: tuple[Any, ...]) -> None:
-        ledger.hold("inputs", arguments[:1])
-
-    def accumulated(parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            ledger.hold("gradients", [parameter.grad])
-
-    blocks = getattr(traced.transformer, traced.spec.blocks)
-    hooks = [block.register_forward_pre_hook(entered) for block in blocks]
-    hooks += [p.register_post_accumulate_grad_hook(accumulated) for p in traced.parameters.values()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def reconciliation(traced: Traced, case: Case, frames: int) -> Iterator[tuple[str, int]]:
+    """(change, peak after it) on the way from a simpler trace per block, which comes first, to the trainer's step."""
+    details, batch = SIMPLER, meta_batch(traced.spec, frames, case.size)
+    yield "bf16 adapters, no optimiser, decomposed rms_norm, no workspaces", _peak(traced, batch, details)
+    for what, change in CHANGES:
+        details = replace(details, **change)
+        yield what, _peak(traced, batch, details)
 
 
-def _tensors(batch: Batch) -> list[Any]:
-    return [batch.latents, batch.noise, batch.sigma, batch.weights, *vars(batch.conditioning).values()]
+def bytes_a_token(found: Steps, case: Case, name: str, frames: Sequence[int]) -> float:
+    """By how much the peak grows with the tokens between two lengths of clip."""
+    fewer, more = (found[name, each].peak.total() for each in frames)
+    return (more - fewer) / (case.tokens(frames[1]) - case.tokens(frames[0]))
 
 
-def row(strategy: str, num_frames: int, tokens: int, peak: Counter[str]) -> str:
-    """A line of the table, in GiB."""
-    trained = peak["adapters"] + peak["gradients"] + peak["optimizer"]
-    shown = (peak.total(), peak["weights"], trained, peak["inputs"], peak["blocks"])
-    return f"| {strategy} | {num_frames} | {tokens} | " + " | ".join(f"{count / 2**30:.2f}" for count in shown) + " |"
+@cache
+def model_of(case: Case) -> Traced:
+    """The model on `meta` with its adapter; one for each process."""
+    lora = LoraConfig(rank=case.rank, alpha=case.rank)
+    return build(variant(case.model), lora, TrainingConfig(micro_batch_size=1))
 
 
-def main() -> None:
-    """Reads the command line and prints the table."""
+def _traced(case: Case, task: tuple[str, tuple[int, ...]]) -> list[Step]:
+    traced = model_of(case)
+    gc.collect()
+    gc.freeze()  # the model stays, and need not be searched for garbage all the time: a third of the trace's
+    strategy = strategies(len(traced.transformer.blocks))[task[0]]
+    with as_it_was(traced.transformer):
+        if strategy.quantization != "none":
+            with Ledger():  # which remembers what slow kernels on `meta` give
+                quantize_blocks(traced.transformer, traced.spec, strategy.quantization)
+        found = [trace(traced, strategy, meta_batch(traced.spec, frames, case.size)) for frames in task[1]]
+    return [replace(step, timeline=[]) for step in found]
+
+
+def _peak(traced: Traced, batch: Batch, details: Details) -> int:
+    return trace(traced, MemoryStrategy(), batch, details).peak.total()
+
+
+def peaks(found: Steps, case: Case, names: Sequence[str], frames: Sequence[int]) -> Iterator[str]:
+    """The table of peaks, and their growth between the two longest clips."""
+    yield "| peak, GiB | " + " | ".join(f"{each} frames" for each in frames) + " | bytes a token |"
+    yield "|---|" + "--:|" * (len(frames) + 1)
+    yield "| tokens | " + " | ".join(f"{case.tokens(each):,}" for each in frames) + " | |"
+    for name in names:
+        shown = [gib(found[name, each].peak.total()) for each in frames]
+        growth = f"{bytes_a_token(found, case, name, frames[-2:]):,.0f}" if len(frames) > 1 else ""
+        yield f"| {name} | " + " | ".join(shown) + f" | {growth} |"
+
+
+def breakdown(found: Steps, names: Sequence[str], frames: int) -> Iterator[str]:
+    """What is alive at the peak."""
+    yield "| alive at the peak, GiB | " + " | ".join(KINDS) + " |"
+    yield "|---|" + "--:|" * len(KINDS)
+    for name in names:
+        yield f"| {name} | " + " | ".join(gib(found[name, frames].peak[kind]) for kind in KINDS) + " |"
+
+
+def costs(found: Steps, names: Sequence[str], frames: int) -> Iterator[str]:
+    """Host memory, bytes over the bus and floating-point operations; the last compared with no checkpointing."""
+    yield "| | host memory, GiB | to the device, GiB | from the device, GiB | PFLOP | more than without checkpointing |"
+    yield "|---|--:|--:|--:|--:|--:|"
+    least = found["no checkpointing", frames].flops if ("no checkpointing", frames) in found else None
+    for name in names:
+        step = found[name, frames]
+        moved = [gib(count) for count in (step.host_bytes, step.moved["inward"], step.moved["outward"])]
+        more = f"{100 * (step.flops / least - 1):.1f} %" if least else ""
+        yield f"| {name} | " + " | ".join(moved) + f" | {step.flops / 1e15:.2f} | {more} |"
+
+
+def cards(found: Steps, names: Sequence[str], frames: Sequence[int]) -> Iterator[str]:
+    """For each card the exact strategy that leaves SPARE of it and computes least, then copies least."""
+    yield "| card, GiB | " + " | ".join(f"{each} frames" for each in frames) + " |"
+    yield "|--:|" + "---|" * len(frames)
+    for card in CARDS:
+        chosen = [_for_card(found, names, each, card) for each in frames]
+        yield f"| {card} | " + " | ".join(chosen) + " |"
+
+
+def _for_card(found: Steps, names: Sequence[str], frames: int, card: int) -> str:
+    exact = {name for name, strategy in strategies(40).items() if strategy.optimizer == "adamw"} - set(QUANTISED)
+    steps = {name: found[name, frames] for name in names if name in exact}
+    fitting = {name: step for name, step in steps.items() if step.peak.total() <= (1 - SPARE) * card * 2**30}
+    if not fitting:
+        return "none"
+    best = min(fitting, key=lambda name: (fitting[name].flops, fitting[name].moved.total()))
+    return f"{best}: {gib(fitting[best].peak.total())}, host {gib(fitting[best].host_bytes)}"
+
+
+def way(lines: Sequence[tuple[str, int]]) -> Iterator[str]:
+    """The reconciliation's table."""
+    yield f"| per block, made elsewhere (14B, 129 frames) | | {OF_ANOTHER_TRACE:.2f} |\n|---|--:|--:|"
+    (what, before), *changes = lines
+    yield f"| {what} | | {gib(before)} |"
+    for what, peak in changes:
+        yield f"| {what} | {(peak - before) / 2**30:+.2f} | {gib(peak)} |"
+        before = peak
+
+
+def explained(case: Case, name: str, frames: int) -> Iterator[str]:
+    """The largest storages that are alive at the peak, and which operator made each."""
+    traced = model_of(case)
+    strategy, batch = strategies(len(traced.transformer.blocks))[name], meta_batch(traced.spec, frames, case.size)
+    peak = trace(traced, strategy, batch).peak.total()
+    for storage in trace(traced, strategy, batch, explain_at=peak).largest[:40]:
+        yield f"{storage.nbytes:>14,} {storage.kind:10} {storage.operator}"
+
+
+def gib(count: float) -> str:
+    """Bytes in GiB."""
+    return f"{count / 2**30:.2f}"
+
+
+def options() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--model", default="wan2.1-i2v-14b-480p", choices=[*VARIANTS])
     parser.add_argument("--frames", type=int, nargs="+", default=[49, 81, 129])
     parser.add_argument("--size", default="832x480", help="width x height in pixels")
     parser.add_argument("--rank", type=int, default=32)
-    options = parser.parse_args()
-    width, height = (int(side) for side in options.size.split("x"))
-    started = time.perf_counter()
-    model = variant(options.model)
-    traced = build(model, LoraConfig(rank=options.rank, alpha=options.rank), TrainingConfig(micro_batch_size=1))
-    print(f"{model.name}, LoRA r{options.rank} (attention, ffn), {width}x{height}, one clip, bf16; peak GiB\n")
-    print("| strategy | frames | tokens | peak | weights | adapters, gradients, AdamW | block inputs | blocks |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|")
-    for name, strategy in STRATEGIES.items():
-        for frames in options.frames:
-            peak = trace(traced, strategy, meta_batch(model.spec, frames, (width, height)))
-            print(row(name, frames, model.spec.tokens(frames, height, width), peak), flush=True)
-    seconds, resident = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"\ntraced in {seconds:.0f} s, {resident / 2**20:.2f} GiB resident; torch {torch.__version__}")
+    known = [*strategies(40)]
+    usual = [name for name in known if name != ONE_GROUP]
+    parser.add_argument("--strategies", nargs="+", default=usual, choices=known, metavar="NAME")
+    parser.add_argument("--explain", action="store_true", help="list the largest storages at the last peak, no tables")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Reads the command line and prints the tables."""
+    chosen, started = options(), time.perf_counter()
+    width, height = (int(side) for side in chosen.size.split("x"))
+    case = Case(chosen.model, (width, height), chosen.rank)
+    names, frames = chosen.strategies, sorted(chosen.frames)
+    if chosen.explain:
+        print(*explained(case, names[-1], frames[-1]), sep="\n")
+        return
+    print(f"{case.model}, LoRA r{case.rank} (attention, ffn), {chosen.size}, one clip, bf16\n")
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as workers:
+        found = steps(case, names, frames, workers)
+    last = frames[-1]
+    tables = [peaks(found, case, names, frames), breakdown(found, names, last), costs(found, names, last)]
+    for table in (*tables, cards(found, names, frames)):
+        print(*table, "", sep="\n", flush=True)
+    print(*way([*reconciliation(model_of(case), case, last)]), sep="\n")
+    seconds = time.perf_counter() - started
+    print(f"\n{last} frames where not said otherwise; {seconds:.0f} s; torch {torch.__version__}")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ def test_adapters_and_two_moments_are_held_in_fp32(training: Any, traced: Any) -
     peak = step(training, traced, PER_BLOCK).peak
     held = sum(rounded(parameter.nbytes) for parameter in traced.parameters.values())
     assert all(parameter.dtype == torch.float32 for parameter in traced.parameters.values())
-    assert (peak["adapters"], peak["optimizer"]) == (held, 2 * held)
+    steps = rounded(4) * len(traced.parameters)  # the one kernel of CUDA's AdamW reads them on the device
+    assert (peak["adapters"], peak["optimizer"]) == (held, 2 * held + steps)
 
 
 def test_what_is_offloaded_and_swapped_is_in_host_memory_and_crosses_as_often_as_it_must(

@@ -1,10 +1,12 @@
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 GIB = 2**30
+MEMORY = Path(__file__).parents[2] / "docs" / "memory.md"
 RANK = 8
 FRAMES = (49, 81)
 
@@ -69,7 +71,7 @@ def test_the_reconciliation_ends_at_the_table(table: Any, tiny: Any, found: Any)
     changes = [*table.reconciliation(table.model_of(tiny), tiny, 81)]
     assert [what for what, _ in changes[1:]] == [what for what, _ in table.CHANGES]
     assert changes[-1][1] == found[table.PLAIN, 81].peak.total()
-    assert len([*table.way(changes)]) == 1 + len(changes)
+    assert [*table.way(changes)][-1].endswith(f" {table.gib(changes[-1][1])} |")
 
 
 def test_what_is_alive_at_the_peak_is_told_with_what_made_it(table: Any, tiny: Any) -> None:
@@ -91,6 +93,25 @@ def test_plain_checkpointing_of_the_14b_reconciles_with_another_trace_to_half_a_
     assert abs(changes[0][1] - table.OF_ANOTHER_TRACE * GIB) < 0.5 * GIB
     assert changes[-1][1] == step_of_14b(table.PLAIN, 129).peak.total()
     assert abs(changes[-1][1] - table.OF_ANOTHER_TRACE * GIB) < 0.5 * GIB
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("checkpointing by block", "per block"),
+        ("by block, inputs to the host, 40 blocks swapped", "inputs to host, all swapped"),
+        ("… not keeping it, AdamW's states in host memory", "most frugal"),
+    ],
+)
+def test_the_page_on_memory_has_the_numbers_of_the_trace(
+    line: str, name: str, step_of_14b: Callable[[str, int], Any]
+) -> None:
+    cells = next(row for row in MEMORY.read_text(encoding="utf-8").splitlines() if row.startswith(f"| {line} |"))
+    step, plain_flops = step_of_14b(name, 129), step_of_14b("no checkpointing", 129).flops
+    moved = [step.host_bytes, step.moved["inward"], step.moved["outward"]]
+    found = [f"{count / GIB:.1f}" if count else "" for count in (step.peak.total(), *moved)]
+    assert [cell.strip() for cell in cells.split("|")[2:7]] == [*found, f"{100 * (step.flops / plain_flops - 1):.1f} %"]
 
 
 @pytest.mark.long

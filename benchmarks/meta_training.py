@@ -1,0 +1,228 @@
+"""The trainer's own step on `meta` tensors: what one LoRA training step holds, moves and computes under a strategy.
+
+`lora.attach`, `memory.strategy.apply`, `training.precision.compute_in`, `training.batch.summed_loss` and AdamW are
+those of a run. Only operators are exchanged for those of a CUDA device (`cuda_operators`).
+"""
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from cuda_operators import RMS_NORM_IN_FP32, operators_of_cuda
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+from tracing import CountedCopies, Ledger, Storage
+
+from longtake.config.schema import LoraConfig, MemoryStrategy, TrainingConfig
+from longtake.distributed.backend import SingleDevice
+from longtake.lora import attach
+from longtake.memory.optimizer_offload import OffloadedAdamW
+from longtake.memory.strategy import apply
+from longtake.models.spec import ModelSpec
+from longtake.models.wan.conditioning import Conditioning
+from longtake.models.wan.variants import KEEP_FP32, WanVariant
+from longtake.training.batch import Batch, summed_loss
+from longtake.training.optimizer import allocate_states, build_optimizer, trained_parameters
+from longtake.training.precision import compute_in
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Details:
+    """What a trace may leave out or do otherwise than the trainer does on CUDA, to compare with other traces."""
+
+    adapters: torch.dtype = torch.float32
+    adam: bool = True
+    fused_rms_norm: bool = True
+    rms_norm_in_fp32: bool = RMS_NORM_IN_FP32
+    peft_casts: bool = False
+    workspaces: bool = True
+
+
+AS_TRAINED = Details()
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What a step is traced with."""
+
+    spec: ModelSpec
+    transformer: Any
+    parameters: dict[str, nn.Parameter]
+    training: TrainingConfig
+
+
+@dataclass(frozen=True)
+class Step:
+    """A traced step: bytes by kind at its peak, and what it needed otherwise.
+
+    Kinds: `inputs` are those of the blocks, `buffers` what copies from the host fill (swapped weights, inputs on their
+    way back), `workspace` is inside kernels; `blocks` is all that has no other name: activations, their gradients, the
+    batch. `moved` are bytes copied `inward`, to the device, and `outward`. `timeline` has (flops, bytes) after each
+    operator; backward begins at `forward_flops`.
+    """
+
+    peak: Counter[str]
+    host_bytes: int
+    moved: Counter[Any]
+    flops: int
+    forward_flops: int
+    timeline: list[tuple[int, int]]
+    largest: list[Storage]
+
+
+def build(model: WanVariant, lora: LoraConfig, training: TrainingConfig) -> Traced:
+    """The model on `meta` as `training.model.build_model` would have it on a device, weights in bf16."""
+    with META:
+        transformer = WanTransformer3DModel(**model.transformer_config)
+    for name, parameter in transformer.named_parameters():
+        kept = any(part in KEEP_FP32 for part in name.split("."))
+        parameter.data = parameter.data.to(torch.float32 if kept else torch.bfloat16)
+    attach(transformer, lora, training.seed)
+    transformer.train()
+    return Traced(model.spec, transformer, trained_parameters(transformer), training)
+
+
+def meta_batch(spec: ModelSpec, num_frames: int, size: tuple[int, int]) -> Batch:
+    """One sample without values, in the types of `training.batch.collate`; `size` is (width, height) in pixels."""
+    width, height = size
+    shape = spec.latent_shape(num_frames, height, width)
+
+    def empty(*sides: int) -> Tensor:
+        return torch.empty(1, *sides, device=META)
+
+    conditioning = Conditioning(
+        prompt_embeds=empty(spec.text_tokens, spec.text_dim),
+        image_embeds=empty(spec.image_tokens, spec.image_dim) if spec.image_tokens else None,
+        condition=empty(shape[0] + 4, *shape[1:]) if spec.task in ("i2v", "flf2v") else None,
+        first_latents=empty(shape[0], 1, *shape[2:]) if spec.task == "ti2v" and shape[1] > 1 else None,
+    )
+    return Batch(empty(*shape), empty(*shape), empty(), empty(), conditioning)
+
+
+def trace(
+    traced: Traced,
+    strategy: MemoryStrategy,
+    batch: Batch,
+    details: Details = AS_TRAINED,
+    explain_at: int | None = None,
+) -> Step:
+    """One training step of one micro-batch, with the optimiser's states there and no gradients at its start.
+
+    With `explain_at`, the peak of an earlier trace, `largest` has the storages alive then.
+    """
+    ledger = Ledger(workspaces=details.workspaces, explain_at=explain_at)
+    copies = CountedCopies(ledger)
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        stack.enter_context(as_it_was(traced.transformer))
+        stack.enter_context(_adapters_in(details.adapters, traced))
+        optimizer = _optimizer(traced, strategy, copies) if details.adam else None
+        stack.enter_context(_labelled(traced, ledger))
+        stack.enter_context(operators_of_cuda(details.rms_norm_in_fp32, details.fused_rms_norm))
+        stack.enter_context(apply(traced.transformer, traced.spec, strategy, Path(scratch), copies=copies))
+        _hold(ledger, copies, traced, optimizer, batch)
+        with ledger:
+            forward_flops = _step(traced, optimizer, batch, ledger, details)
+    host_bytes = copies.host_bytes
+    return Step(ledger.peak, host_bytes, copies.moved, ledger.flops, forward_flops, ledger.timeline, ledger.largest)
+
+
+def _step(
+    traced: Traced, optimizer: torch.optim.Optimizer | None, batch: Batch, ledger: Ledger, details: Details
+) -> int:
+    """`training.trainer.Trainer._step` for one micro-batch, without its reading of values, which `meta` has not."""
+    parameters = [*traced.parameters.values()]
+    with compute_in(traced.transformer, traced.spec, "bf16", torch.device("cpu")):
+        for module in traced.transformer.modules():
+            if details.peft_casts and hasattr(module, "cast_input_dtype_enabled"):
+                module.cast_input_dtype_enabled = True
+        loss = summed_loss(traced.transformer, traced.spec, batch)
+        forward_flops = ledger.flops
+        if optimizer is None:
+            loss.backward()
+        else:
+            backend = SingleDevice(parameters, optimizer, META, fp16=False)
+            backend.backward(loss)
+    if optimizer is not None:
+        nn.utils.clip_grad_norm_(parameters, traced.training.clip_norm)
+        backend.step(skip=False)
+    for parameter in parameters:
+        parameter.grad = None
+    return forward_flops
+
+
+def _optimizer(traced: Traced, strategy: MemoryStrategy, copies: CountedCopies) -> torch.optim.Optimizer:
+    """The strategy's, with its states, updating as on CUDA: in one kernel, or chunk by chunk."""
+    optimizer = build_optimizer(traced.parameters, traced.training, strategy)
+    way = "foreach" if isinstance(optimizer, OffloadedAdamW) else "fused"
+    for group in (optimizer.defaults, *optimizer.param_groups):
+        group[way] = True
+    if isinstance(optimizer, OffloadedAdamW):
+        copies.host_bytes += optimizer.copies.host_bytes  # type: ignore[attr-defined]  # MetaCopies, on meta
+        optimizer.copies = copies
+    else:
+        allocate_states(optimizer)
+    return optimizer
+
+
+def _hold(
+    ledger: Ledger, copies: CountedCopies, traced: Traced, optimizer: torch.optim.Optimizer | None, batch: Batch
+) -> None:
+    """Tells `ledger` what is on the device before the step."""
+    frozen = [parameter for parameter in traced.transformer.parameters() if not parameter.requires_grad]
+    ledger.hold("weights", copies.on_device([*frozen, *traced.transformer.buffers()]))
+    ledger.hold("adapters", traced.parameters.values())
+    if optimizer is not None and not isinstance(optimizer, OffloadedAdamW):
+        ledger.hold("optimizer", (value for state in optimizer.state.values() for value in state.values()))
+    given = [batch.latents, batch.noise, batch.sigma, batch.weights, *vars(batch.conditioning).values()]
+    ledger.hold("blocks", (value for value in given if isinstance(value, Tensor)))
+
+
+@contextmanager
+def _labelled(traced: Traced, ledger: Ledger) -> Iterator[None]:
+    """Tells `ledger` which storages are inputs of blocks and which are gradients of parameters."""
+
+    def entered(_block: nn.Module, arguments: tuple[Any, ...]) -> None:
+        ledger.hold("inputs", arguments[:1])
+
+    def accumulated(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            ledger.hold("gradients", [parameter.grad])
+
+    blocks = getattr(traced.transformer, traced.spec.blocks)
+    hooks = [block.register_forward_pre_hook(entered) for block in blocks]
+    hooks += [p.register_post_accumulate_grad_hook(accumulated) for p in traced.parameters.values()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def as_it_was(transformer: nn.Module) -> Iterator[None]:
+    """Puts the module's parameters back at the end, whatever was put in their place: quantised ones, flat ones."""
+    kept = [(module, dict(module._parameters)) for module in transformer.modules()]
+    try:
+        yield
+    finally:
+        for module, parameters in kept:
+            module._parameters.update(parameters)
+
+
+@contextmanager
+def _adapters_in(dtype: torch.dtype, traced: Traced) -> Iterator[None]:
+    kept = {parameter: parameter.data for parameter in traced.parameters.values()}
+    for parameter, values in kept.items():
+        parameter.data = values.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, values in kept.items():
+            parameter.data = values
