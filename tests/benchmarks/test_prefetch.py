@@ -16,7 +16,7 @@ def benchmark(script: Callable[[str], Any]) -> Any:
     return script("prefetch")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_prefetch_hides_a_slow_disk_and_costs_nothing_on_a_fast_one(benchmark: Any, tmp_path: Path) -> None:
     """Of copies that would take 40 to 60 % of the step at least 75 % hidden; without limit at most 5 % more time."""
