@@ -1,6 +1,7 @@
 """A program that keeps the protocol of `host_buffers`: tensors go out to a tier and come back through a ring of two."""
 
 import random
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from longtake.memory.copies import Copies
 from longtake.memory.host_buffers import Buffer, Tier, allocate, computed, copy, done, settle, use
 
 STEPS, VALUES = 20, 96
+MakeTier = Callable[[Copies], Tier]
 
 
 def run(copies: Copies, tier: Tier, device: torch.device, seed: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -21,6 +21,7 @@ TOKENS = 12
 CPU = torch.device("cpu")
 Gradients = dict[str, Tensor]
 Load = Callable[[str, bool], Any]
+Loaded = Callable[[str, LoraConfig | None], Any]
 
 
 def load(root: Path, name: str, lora: LoraConfig | None, dtype: torch.dtype = torch.float32) -> Any:
@@ -38,16 +39,22 @@ def load(root: Path, name: str, lora: LoraConfig | None, dtype: torch.dtype = to
     return model.train()
 
 
-def loader(tiny_root: Callable[[str], Path]) -> Load:
-    """Makes `of(name, lora)`, which loads each model once, under a LoRA of rank 2 or whole."""
-    built: dict[tuple[str, bool], Any] = {}
+def loaded_once(tiny_root: Callable[[str], Path]) -> Loaded:
+    """Makes `of(name, lora)`, which loads each model once, under an adapter or whole."""
+    built: dict[tuple[str, LoraConfig | None], Any] = {}
 
-    def of(name: str, lora: bool) -> Any:
+    def of(name: str, lora: LoraConfig | None) -> Any:
         if (name, lora) not in built:
-            built[name, lora] = load(tiny_root(name), name, LoraConfig(rank=2) if lora else None)
+            built[name, lora] = load(tiny_root(name), name, lora)
         return built[name, lora]
 
     return of
+
+
+def loader(tiny_root: Callable[[str], Path]) -> Load:
+    """Makes `of(name, lora)`, which loads each model once, under a LoRA of rank 2 or whole."""
+    once = loaded_once(tiny_root)
+    return lambda name, lora: once(name, LoraConfig(rank=2) if lora else None)
 
 
 def inputs(name: str, seed: int = 5) -> dict[str, Tensor]:

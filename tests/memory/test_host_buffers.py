@@ -5,18 +5,17 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import honest_ring
+from honest_ring import MakeTier
 from longtake.errors import RunError
-from longtake.memory.copies import Copies, CpuCopies
+from longtake.memory.copies import CpuCopies
 from longtake.memory.host_buffers import (
     HostTier,
-    Tier,
     computed,
     copy,
     disk_tier,
@@ -28,14 +27,6 @@ from race_checker import CheckedCopies
 
 CPU = torch.device("cpu")
 NBYTES = 64
-MakeTier = Callable[[Copies], Tier]
-
-
-@pytest.fixture(params=["host", "disk"])
-def tier_of(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeTier]:
-    """Makes a tier for an engine."""
-    with disk_tier(tmp_path / "scratch", "test") as disk:
-        yield HostTier if request.param == "host" else lambda copies: disk
 
 
 @pytest.mark.parametrize("seed", range(40))

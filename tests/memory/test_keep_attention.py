@@ -21,23 +21,9 @@ from longtake.memory.host_buffers import Kept, keep_on_device
 from longtake.memory.keep_attention import keep_attention
 from longtake.models.wan.variants import variant
 from longtake.training.precision import compute_in
-from tiny_steps import MODELS, TOKENS, different, gradients_of, load, loss_of, step
+from tiny_steps import MODELS, TOKENS, Loaded, different, gradients_of, load, loss_of, step
 
 LORA = LoraConfig(rank=2, dropout=0.2)
-Load = Callable[[str, LoraConfig | None], Any]
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_root: Callable[[str], Path]) -> Load:
-    """Tiny transformers, each built once."""
-    built: dict[tuple[str, LoraConfig | None], Any] = {}
-
-    def of(name: str, lora: LoraConfig | None) -> Any:
-        if (name, lora) not in built:
-            built[name, lora] = load(tiny_root(name), name, lora)
-        return built[name, lora]
-
-    return of
 
 
 class Keeper:
@@ -92,7 +78,7 @@ class Kernels(TorchDispatchMode):
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_gradients_are_those_of_the_plain_model_to_the_bit(
-    loaded: Load, name: str, lora: LoraConfig | None
+    loaded: Loaded, name: str, lora: LoraConfig | None
 ) -> None:
     model = loaded(name, lora)
     loss, gradients = step(model, name)
@@ -119,7 +105,7 @@ def test_under_autocast_they_are_the_plain_models_too(tiny_root: Callable[[str],
     assert not different(other_gradients, gradients)
 
 
-def test_the_kernel_of_self_attention_runs_once_and_that_of_cross_attention_again(loaded: Load) -> None:
+def test_the_kernel_of_self_attention_runs_once_and_that_of_cross_attention_again(loaded: Loaded) -> None:
     model, calls = loaded("tiny-t2v", LORA), []
     plain = gradient_checkpointing(model, model.blocks, 1, lambda _: keep_on_device, None)
     for strategy in (plain, keeping(model)):
@@ -131,7 +117,7 @@ def test_the_kernel_of_self_attention_runs_once_and_that_of_cross_attention_agai
     assert calls == [8, 4]
 
 
-def test_output_and_logsumexp_of_every_block_are_kept_and_gone_after_backward(loaded: Load) -> None:
+def test_output_and_logsumexp_of_every_block_are_kept_and_gone_after_backward(loaded: Loaded) -> None:
     model, keeper = loaded("tiny-t2v", LORA), Keeper()
     with keeping(model, keeper.keep_for):
         loss = loss_of(model, "tiny-t2v")
@@ -143,7 +129,7 @@ def test_output_and_logsumexp_of_every_block_are_kept_and_gone_after_backward(lo
         assert keeper.alive == 0, "although the loss still has its graph"
 
 
-def test_a_forward_pass_without_backward_leaves_nothing(loaded: Load) -> None:
+def test_a_forward_pass_without_backward_leaves_nothing(loaded: Loaded) -> None:
     model, keeper = loaded("tiny-t2v", LORA), Keeper()
     with keeping(model, keeper.keep_for):
         loss = loss_of(model, "tiny-t2v")
@@ -153,7 +139,7 @@ def test_a_forward_pass_without_backward_leaves_nothing(loaded: Load) -> None:
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["in order", "reversed"])
-def test_two_forward_passes_before_their_backward_passes_do_not_mix(loaded: Load, order: tuple[int, int]) -> None:
+def test_two_forward_passes_before_their_backward_passes_do_not_mix(loaded: Loaded, order: tuple[int, int]) -> None:
     model = loaded("tiny-t2v", LORA)
     expected = [gradients_of(model, loss_of(model, "tiny-t2v", seed).backward) for seed in (5, 6)]
     with keeping(model, Keeper().keep_for):
@@ -162,7 +148,7 @@ def test_two_forward_passes_before_their_backward_passes_do_not_mix(loaded: Load
             assert not different(gradients_of(model, losses[which].backward), expected[which])
 
 
-def test_a_graph_that_is_retained_can_be_differentiated_again(loaded: Load) -> None:
+def test_a_graph_that_is_retained_can_be_differentiated_again(loaded: Loaded) -> None:
     model, keeper = loaded("tiny-t2v", LORA), Keeper()
     _, expected = step(model, "tiny-t2v")
     with keeping(model, keeper.keep_for):
@@ -172,7 +158,7 @@ def test_a_graph_that_is_retained_can_be_differentiated_again(loaded: Load) -> N
             assert not different(gradients, expected)
 
 
-def test_nothing_is_kept_without_gradients_or_checkpointing(loaded: Load) -> None:
+def test_nothing_is_kept_without_gradients_or_checkpointing(loaded: Loaded) -> None:
     model, keeper = loaded("tiny-t2v", LORA), Keeper()
     with keeping(model, keeper.keep_for), torch.no_grad():
         loss_of(model, "tiny-t2v")
@@ -181,7 +167,7 @@ def test_nothing_is_kept_without_gradients_or_checkpointing(loaded: Load) -> Non
     assert not keeper.blocks
 
 
-def test_it_is_gone_afterwards_even_after_a_failure(loaded: Load) -> None:
+def test_it_is_gone_afterwards_even_after_a_failure(loaded: Loaded) -> None:
     model = loaded("tiny-t2v", LORA)
 
     def fail_inside() -> None:

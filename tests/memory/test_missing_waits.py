@@ -1,7 +1,7 @@
 """A wait, a reader or an order that is missing is caught by the checking copy engine, of each kind and in each tier."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
+from honest_ring import MakeTier
 from longtake.memory.copies import Copies, Extent
 from longtake.memory.host_buffers import (
     Buffer,
@@ -18,7 +19,6 @@ from longtake.memory.host_buffers import (
     as_bytes,
     computed,
     copy,
-    disk_tier,
     done,
     settle,
     use,
@@ -27,14 +27,6 @@ from race_checker import CheckedCopies, Race, Unread
 
 CPU = torch.device("cpu")
 NBYTES = 64
-MakeTier = Callable[[Copies], Tier]
-
-
-@pytest.fixture(params=["host", "disk"])
-def tier_of(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeTier]:
-    """Makes a tier for an engine."""
-    with disk_tier(tmp_path / "scratch", "test") as disk:
-        yield HostTier if request.param == "host" else lambda copies: disk
 
 
 @contextmanager

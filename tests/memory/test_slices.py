@@ -19,7 +19,7 @@ from longtake.memory.host_buffers import Keep, Kept, keep_on_device
 from longtake.memory.slices import slices
 from longtake.models.wan.variants import variant
 from longtake.training.precision import compute_in
-from tiny_steps import MODELS, TOKENS, farthest, gradients_of, load, loss_of, step
+from tiny_steps import MODELS, TOKENS, Loaded, farthest, gradients_of, load, loss_of, step
 
 LORA = LoraConfig(rank=2)
 CUTS = {
@@ -30,20 +30,6 @@ CUTS = {
     "uneven slices and groups, attention kept": (5, 4, True),
     "seven slices, each head alone": (7, 5, False),
 }
-Load = Callable[[str, LoraConfig | None], Any]
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_root: Callable[[str], Path]) -> Load:
-    """Tiny transformers, each built once."""
-    built: dict[tuple[str, LoraConfig | None], Any] = {}
-
-    def of(name: str, lora: LoraConfig | None) -> Any:
-        if (name, lora) not in built:
-            built[name, lora] = load(tiny_root(name), name, lora)
-        return built[name, lora]
-
-    return of
 
 
 class Keeper:
@@ -84,7 +70,7 @@ def sliced(
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
 @pytest.mark.parametrize("name", MODELS)
-def test_loss_and_gradients_are_those_of_the_plain_model(loaded: Load, name: str, lora: LoraConfig | None) -> None:
+def test_loss_and_gradients_are_those_of_the_plain_model(loaded: Loaded, name: str, lora: LoraConfig | None) -> None:
     model = loaded(name, lora)
     loss, gradients = step(model, name)
     for label, cut in CUTS.items():
@@ -94,7 +80,7 @@ def test_loss_and_gradients_are_those_of_the_plain_model(loaded: Load, name: str
         assert farthest(other_gradients, gradients) < 1e-5, label
 
 
-def test_more_slices_than_tokens_and_more_groups_than_heads_are_one_each(loaded: Load) -> None:
+def test_more_slices_than_tokens_and_more_groups_than_heads_are_one_each(loaded: Loaded) -> None:
     model = loaded("tiny-t2v", None)
     loss, gradients = step(model, "tiny-t2v")
     with sliced(model, (TOKENS, 5, True)):
@@ -109,7 +95,7 @@ def test_more_slices_than_tokens_and_more_groups_than_heads_are_one_each(loaded:
     assert all(torch.equal(other[key], gradient) for key, gradient in each.items())
 
 
-def test_attention_that_is_kept_gives_the_gradients_of_attention_that_is_not(loaded: Load) -> None:
+def test_attention_that_is_kept_gives_the_gradients_of_attention_that_is_not(loaded: Loaded) -> None:
     model, found = loaded("tiny-i2v", LORA), []
     for keep_attention in (True, False):
         with sliced(model, (3, 2, keep_attention), "tiny-i2v"):
@@ -142,7 +128,7 @@ def test_under_autocast_the_block_is_cast_in_backward_as_in_forward(
     assert farthest(other_gradients, gradients) < 0.05  # bf16 has 8 bits, and each of 4 blocks rounds again
 
 
-def test_without_gradients_nothing_is_kept_and_the_output_is_the_same(loaded: Load) -> None:
+def test_without_gradients_nothing_is_kept_and_the_output_is_the_same(loaded: Loaded) -> None:
     model, keeper = loaded("tiny-t2v", LORA), Keeper()
     with torch.no_grad():
         expected = loss_of(model, "tiny-t2v")
@@ -163,7 +149,7 @@ def test_without_gradients_nothing_is_kept_and_the_output_is_the_same(loaded: Lo
 
 @pytest.mark.parametrize("keep_attention", [True, False])
 def test_a_block_keeps_its_input_and_attentions_output_if_asked_and_neither_after_backward(
-    loaded: Load, keep_attention: bool
+    loaded: Loaded, keep_attention: bool
 ) -> None:
     model, keeper, dim = loaded("tiny-t2v", LORA), Keeper(), 160
     with sliced(model, (3, 2, keep_attention), keep_for=keeper.keep_for):
@@ -182,7 +168,7 @@ def test_a_block_keeps_its_input_and_attentions_output_if_asked_and_neither_afte
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["in order", "reversed"])
-def test_two_forward_passes_before_their_backward_passes_do_not_mix(loaded: Load, order: tuple[int, int]) -> None:
+def test_two_forward_passes_before_their_backward_passes_do_not_mix(loaded: Loaded, order: tuple[int, int]) -> None:
     model = loaded("tiny-t2v", LORA)
     expected = [gradients_of(model, loss_of(model, "tiny-t2v", seed).backward) for seed in (5, 6)]
     with sliced(model, (3, 2, True), keep_for=Keeper().keep_for):
@@ -191,7 +177,7 @@ def test_two_forward_passes_before_their_backward_passes_do_not_mix(loaded: Load
             assert farthest(gradients_of(model, losses[which].backward), expected[which]) < 1e-5
 
 
-def test_hooks_on_trained_weights_see_the_whole_gradient_once(loaded: Load) -> None:
+def test_hooks_on_trained_weights_see_the_whole_gradient_once(loaded: Loaded) -> None:
     model, seen = loaded("tiny-t2v", LORA), []
     weight = next(p for key, p in model.named_parameters() if "lora_B" in key)
     hook = weight.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad.clone()))
@@ -204,7 +190,7 @@ def test_hooks_on_trained_weights_see_the_whole_gradient_once(loaded: Load) -> N
     assert torch.equal(seen[0], weight.grad)
 
 
-def test_the_gradient_that_comes_in_is_left_as_it_is(loaded: Load) -> None:
+def test_the_gradient_that_comes_in_is_left_as_it_is(loaded: Loaded) -> None:
     model = loaded("tiny-t2v", None)
     block, given = model.blocks[1], []
     hook = block.register_forward_pre_hook(lambda _, arguments: given.append(arguments))
@@ -218,7 +204,7 @@ def test_the_gradient_that_comes_in_is_left_as_it_is(loaded: Load) -> None:
     assert torch.equal(gradient, before)
 
 
-def test_it_is_gone_afterwards_even_after_a_failure(loaded: Load) -> None:
+def test_it_is_gone_afterwards_even_after_a_failure(loaded: Loaded) -> None:
     model = loaded("tiny-t2v", LORA)
 
     def fail_inside() -> None:
