@@ -204,6 +204,7 @@ def test_it_works_without_values(memory: MemoryStrategy) -> None:
     for parameter in held.values():
         parameter.grad = torch.empty_like(parameter)
     optimizer.step()
+    assert {path.split("/")[0] for path in optimizer_tensors(optimizer, held)} == held.keys()
     close(optimizer)
 
 
