@@ -114,7 +114,10 @@ def test_a_config_that_is_none(tmp_path: Path, command: str, content: bytes | No
         (["--height", "-8"], "--height: must be greater than 0, not -8"),
         (["--use-gradient-checkpointing-offload", "--set", "memory.block_swap=2"], "2 buffers save nothing; use 0, or"),
         (["--training-strategy", "ddp"], "parallel.strategy: this version trains on one device"),
-        (["--set", "training.warmup_steps=2"], "training.warmup_steps: the warm-up is as long as the run; at most 1"),
+        (
+            ["--set", "training.warmup_steps=2"],
+            "the warm-up of 2 steps is as long as the run; at most 1",
+        ),
     ],
 )
 def test_a_command_line_that_cannot_work(place: Place, arguments: list[str], line: str) -> None:

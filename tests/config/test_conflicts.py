@@ -129,7 +129,10 @@ def test_a_micro_batch_that_divides_is_fine(micro: int) -> None:
             {"training": {"precision": "fp32"}},
             'training.precision: frozen weights in bf16 cannot be computed with in fp32; use "bf16", or model.dtype =',
         ),
-        ({"training": {"steps": 50}}, "training.warmup_steps: the warm-up is as long as the run; at most 49"),
+        (
+            {"training": {"steps": 50}},
+            "training.warmup_steps: the warm-up of 50 steps is as long as the run; at mo",
+        ),
         ({"parallel": {"strategy": "fsdp2"}}, 'parallel.strategy: this version trains on one device; use "auto" or "'),
         ({"parallel": {"sp": 2}}, "parallel.sp: this version trains on one device; use 1"),
         ({"parallel": {"offload": "optimizer"}}, 'parallel.offload: this version trains on one device; use "none"'),

@@ -227,6 +227,15 @@ def test_the_ladder_leaves_out_what_a_model_does_not_allow(load: Load) -> None:
         assert {rung.slices for rung in ladder(PLAIN, model, spec)} == {1}
 
 
+def test_more_groups_than_heads_are_refused(load: Load, tmp_path: Path) -> None:
+    strategy = MemoryStrategy(attention_head_groups=6)
+    with (
+        pytest.raises(ConfigError, match=r"memory\.attention_head_groups: the model has 5 heads; at most 5"),
+        apply(load("tiny-i2v", True), variant("tiny-i2v").spec, strategy, tmp_path),
+    ):
+        pass
+
+
 def test_a_fallback_that_the_model_does_not_allow_is_refused_at_once(load: Load, tmp_path: Path) -> None:
     strategy = MemoryStrategy(fallbacks=(MemoryStrategy(), MemoryStrategy(block_swap=5)))
     with (

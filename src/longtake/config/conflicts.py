@@ -145,7 +145,8 @@ def _precision(config: RunConfig) -> Iterator[Problem]:
         )
     if config.training.warmup_steps >= config.training.steps:
         remedy = f"at most {config.training.steps - 1}"
-        yield Problem("the warm-up is as long as the run", "training.warmup_steps", remedy)
+        what = f"the warm-up of {config.training.warmup_steps} steps is as long as the run"
+        yield Problem(what, "training.warmup_steps", remedy)
 
 
 def _trained_weights(config: RunConfig) -> Iterator[Problem]:

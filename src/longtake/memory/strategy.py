@@ -42,7 +42,11 @@ def apply(
     cannot work, RunError where host or disk refuse.
     """
     blocks = getattr(transformer, spec.blocks)
-    if found := [*memory_conflicts(strategy), *_unfit(strategy, blocks), *_unfit_fallbacks(strategy, blocks)]:
+    if found := [
+        *memory_conflicts(strategy),
+        *_unfit(strategy, blocks, spec),
+        *_unfit_fallbacks(strategy, blocks, spec),
+    ]:
         raise ConfigError(found)
     if strategy.quantization != "none":
         quantize_blocks(transformer, spec, strategy.quantization)
@@ -80,26 +84,29 @@ def ladder(strategy: MemoryStrategy, transformer: nn.Module, spec: ModelSpec) ->
     rungs, last = [], strategy
     for change in changes:
         rung = last.model_copy(update=change)
-        if rung != last and not [*memory_conflicts(rung), *_unfit(rung, blocks)]:
+        if rung != last and not [*memory_conflicts(rung), *_unfit(rung, blocks, spec)]:
             rungs.append(rung.model_copy(update={"fallbacks": ()}))
         last = rung
     return tuple(rungs)
 
 
-def _unfit(strategy: MemoryStrategy, blocks: nn.ModuleList) -> Iterator[Problem]:
+def _unfit(strategy: MemoryStrategy, blocks: nn.ModuleList, spec: ModelSpec) -> Iterator[Problem]:
     """What the model at hand does not allow."""
     if strategy.block_swap > len(blocks):
         yield Problem(f"the model has {len(blocks)} blocks", "memory.block_swap", f"at most {len(blocks)}")
     if strategy.block_swap and all(parameter.requires_grad for parameter in blocks.parameters()):
         yield Problem("all weights are trained, none can be streamed", "memory.block_swap", "leave it out")
+    if strategy.attention_head_groups > spec.heads:
+        what = f"the model has {spec.heads} heads"
+        yield Problem(what, "memory.attention_head_groups", f"at most {spec.heads}")
     if (strategy.slices > 1 or strategy.attention_head_groups > 1) and _drops_out(blocks):
         what = "a block in slices would draw its dropout differently"
         yield Problem(what, "memory.slices", "leave out lora.dropout, or the slices")
 
 
-def _unfit_fallbacks(strategy: MemoryStrategy, blocks: nn.ModuleList) -> Iterator[Problem]:
+def _unfit_fallbacks(strategy: MemoryStrategy, blocks: nn.ModuleList, spec: ModelSpec) -> Iterator[Problem]:
     for index, rung in enumerate(strategy.fallbacks):
-        for problem in _unfit(rung, blocks):
+        for problem in _unfit(rung, blocks, spec):
             where = problem.where.replace("memory", f"memory.fallbacks[{index}]", 1)
             yield Problem(problem.what, where, problem.remedy)
 

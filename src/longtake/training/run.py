@@ -23,7 +23,7 @@ from longtake.memory_gauge import MemoryGauge
 from longtake.models.wan.weights import ModelFiles, save_transformer
 from longtake.progress import Reporter
 from longtake.training.checkpoint import Checkpoint, load_newest
-from longtake.training.fallback import StrategyInForce, first_line, out_of_memory
+from longtake.training.fallback import StrategyInForce, first_line, in_words, out_of_memory
 from longtake.training.interrupt import stop_request
 from longtake.training.metrics import Metrics
 from longtake.training.model import TrainedModel, build_model, choose_expert, find_model
@@ -66,6 +66,7 @@ def train(config: RunConfig, resume: bool, reporter: Reporter) -> Path:
         first_step = checkpoint.step if checkpoint else 0
         strategy = _strategy(config, run, model, sampler, first_step, reporter)
         strategy.check()
+        reporter.line(f"memory: {in_words(config.memory)}")
         with _brief(run), strategy, _optimizer(config, model) as optimizer:
             record_config(config, run)  # what could refuse to begin has not
             parts = _parts(config, strategy, optimizer, sampler, validation, gauge, reporter, checkpoint)
