@@ -80,8 +80,10 @@ def test_a_queue_keeps_its_order_and_holds_the_other_one_up_only_where_it_waits(
 
 
 def test_the_computation_of_the_cpu_is_never_behind(copies: CpuCopies) -> None:
+    target = filled(0)
     copies.wait(copies.reached())
-    copies.wait(copies.start("inward", filled(0), filled(1), [copies.reached(), None]))
+    copies.wait(copies.start("inward", target, filled(1), [copies.reached(), None]))
+    assert torch.equal(target, filled(1))
 
 
 def test_a_failure_is_raised_as_it_is_where_its_copy_is_waited_for(copies: CpuCopies) -> None:

@@ -131,7 +131,7 @@ class QuantizedWeight(Tensor):
         kwargs = kwargs or {}
         moved = func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (None, args[0].dtype)
         if not moved and func not in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
-            raise NotImplementedError(f"{func} of a quantised weight")
+            raise RuntimeError(f"{func} of a quantised weight")
         options = {name: value for name, value in kwargs.items() if name != "dtype"}
         parts = [func(inner, *args[1:], **options) for inner in inner_tensors(args[0])]
         return return_and_correct_aliasing(func, args, kwargs, rebuilt(args[0], parts))
