@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cuda_operators import RMS_NORM_IN_FP32, operators_of_cuda
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
-from tracing import CountedCopies, Ledger, Storage
 
 from longtake.config.schema import LoraConfig, MemoryStrategy, TrainingConfig
 from longtake.distributed.backend import SingleDevice
@@ -26,6 +24,8 @@ from longtake.memory.strategy import apply
 from longtake.models.spec import ModelSpec
 from longtake.models.wan.conditioning import Conditioning
 from longtake.models.wan.variants import KEEP_FP32, WanVariant
+from longtake.planner.ledger import CountedCopies, Ledger, Storage
+from longtake.planner.operators import RMS_NORM_IN_FP32, operators_of_cuda
 from longtake.training.batch import Batch, summed_loss
 from longtake.training.optimizer import allocate_states, build_optimizer, trained_parameters
 from longtake.training.precision import compute_in

@@ -26,7 +26,6 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from tracing import Ledger
 
 from longtake.config.schema import LoraConfig, MemoryStrategy, TrainingConfig
 from longtake.distributed.backend import SingleDevice
@@ -40,6 +39,7 @@ from longtake.models.wan.conditioning import Conditioning
 from longtake.models.wan.headers import read_headers
 from longtake.models.wan.variants import variant
 from longtake.models.weight_files import WeightFile, read_weights
+from longtake.planner.ledger import Ledger
 from longtake.training.batch import Batch, summed_loss
 from longtake.training.optimizer import allocate_states, build_optimizer, trained_parameters
 

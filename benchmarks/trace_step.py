@@ -22,12 +22,12 @@ from typing import TypeAlias
 
 import torch
 from meta_training import Details, Step, Traced, as_it_was, build, meta_batch, trace
-from tracing import Ledger
 
 from longtake.config.schema import LoraConfig, MemoryStrategy, TrainingConfig
 from longtake.memory.quantization import quantize_blocks
 from longtake.memory.strategy import MOST_FRUGAL_HEAD_GROUPS, MOST_FRUGAL_SLICES
 from longtake.models.wan.variants import VARIANTS, variant
+from longtake.planner.ledger import Ledger
 from longtake.training.batch import Batch
 
 PLAIN = "per block"

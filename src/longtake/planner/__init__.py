@@ -1,0 +1,1 @@
+"""What a training step needs of memory and time under each strategy, before anything is rented."""

@@ -1,0 +1,138 @@
+"""Counts the bytes that a computation on `meta` tensors would hold on a device, operator by operator."""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from longtake.memory.copies import Event, MetaCopies, Place, Queue
+from longtake.memory.flattened import inner_tensors
+from longtake.planner.kernels import GRANULE, KERNELS, Result, is_view, rounded, workspace_bytes
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A storage that was alive at the peak: its rounded size, its kind, the operator that made it."""
+
+    nbytes: int
+    kind: str
+    operator: str
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the storages of one device type that are alive, by kind, and keeps the counts at the peak.
+
+    What operators make under it counts as `blocks`; what was there before, or has another name, is told to `hold`. A
+    view counts nothing, even of a storage that was never counted. `flops` are those of the operators so far, as torch's
+    flop counter has them. `timeline` has (flops, bytes) after each operator, workspaces included.
+    """
+
+    def __init__(self, device_type: str = "meta", workspaces: bool = True, explain_at: int | None = None) -> None:
+        """`explain_at`: the bytes at which `largest` is filled, the largest storage first; a former trace's peak."""
+        super().__init__()
+        self.device_type = device_type
+        self.workspaces = workspaces
+        self.explain_at = explain_at
+        self.now: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self.largest: list[Storage] = []
+        self.flops = 0
+        self.timeline: list[tuple[int, int]] = []
+        self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], Storage]] = {}
+        self._total = 0
+        self._peak_total = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Asked by torch: whether to wrap the function below, which takes a tenth of the time; nothing is compiled."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Result:
+        if is_view(func):
+            return func(*args, **(kwargs or {}))
+        result, flops, made = KERNELS.run(func, args, kwargs or {})
+        self.flops += flops
+        for tensor in made:
+            if tensor.device.type == self.device_type and not self._counted(tensor):
+                self._count("blocks", tensor, func.__name__)
+        workspace = workspace_bytes(func, args) if self.workspaces else 0
+        self._look(workspace)
+        self.timeline.append((self.flops, self._total + workspace))
+        return result
+
+    def hold(self, kind: str, tensors: Iterable[Tensor]) -> None:
+        """Counts the storages of `tensors`, and of those that they are made of, as `kind`."""
+        for tensor in (inner for each in tensors for inner in inner_tensors(each)):
+            if tensor.device.type != self.device_type:
+                continue
+            if not self._counted(tensor):
+                self._count(kind, tensor, "held")
+                continue
+            key = tensor.untyped_storage()._cdata
+            reference, old = self._alive[key]
+            self._alive[key] = (reference, Storage(old.nbytes, kind, old.operator))
+            self.now[old.kind] -= old.nbytes
+            self.now[kind] += old.nbytes
+        self._look(0)
+
+    def _counted(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._alive
+
+    def _count(self, kind: str, tensor: Tensor, operator: str) -> None:
+        storage = tensor.untyped_storage()
+        size = rounded(storage.nbytes(), GRANULE)
+        key = storage._cdata
+        self._alive[key] = (weakref.ref(storage, partial(self._freed, key)), Storage(size, kind, operator))
+        self.now[kind] += size
+        self._total += size
+
+    def _freed(self, key: int, _reference: weakref.ref[torch.UntypedStorage]) -> None:
+        _, storage = self._alive.pop(key)
+        self.now[storage.kind] -= storage.nbytes
+        self._total -= storage.nbytes
+
+    def _look(self, workspace: int) -> None:
+        """Remembers the moment if it is the highest; `workspace` is there for this moment alone."""
+        total = self._total + workspace
+        if total > self._peak_total:
+            self._peak_total = total
+            self.peak = self.now.copy()
+            self.peak["workspace"] = workspace
+        if self.explain_at is not None and total >= self.explain_at and not self.largest:
+            found = [storage for _, storage in self._alive.values()]
+            self.largest = sorted(found, key=lambda storage: -storage.nbytes)
+
+
+class CountedCopies(MetaCopies):
+    """Tells a ledger of the buffers that are filled on the device, and counts the bytes that cross each way."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self.ledger = ledger
+        self.moved: Counter[Queue] = Counter()
+        self.of_host: set[int] = set()
+
+    def start(self, queue: Queue, target: Place, source: Place, after: Sequence[Event]) -> Event:
+        """Done at once."""
+        assert isinstance(target, Tensor), "on meta there are no files"
+        self.moved[queue] += target.nbytes
+        if queue == "inward":
+            self.ledger.hold("buffers", [target])
+        return super().start(queue, target, source, after)
+
+    def host(self, nbytes: int) -> Tensor:
+        """A tensor that is not the device's."""
+        memory = super().host(nbytes)
+        self.of_host.add(memory.untyped_storage()._cdata)
+        return memory
+
+    def on_device(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Those tensors, or parts of tensors, that are not views of `host`'s."""
+        inner = [inner for tensor in tensors for inner in inner_tensors(tensor)]
+        return [tensor for tensor in inner if tensor.untyped_storage()._cdata not in self.of_host]
