@@ -25,7 +25,7 @@ from longtake.models.spec import ModelSpec
 from longtake.models.wan.conditioning import Conditioning
 from longtake.models.wan.variants import KEEP_FP32, WanVariant
 from longtake.planner.ledger import CountedCopies, Ledger, Storage
-from longtake.planner.operators import RMS_NORM_IN_FP32, operators_of_cuda
+from longtake.planner.operators import RMS_NORM_IN_FP32, operators_of
 from longtake.training.batch import Batch, summed_loss
 from longtake.training.optimizer import allocate_states, build_optimizer, trained_parameters
 from longtake.training.precision import compute_in
@@ -62,8 +62,8 @@ class Traced:
 class Step:
     """A traced step: bytes by kind at its peak, and what it needed otherwise.
 
-    Kinds: `inputs` are those of the blocks, `buffers` what copies from the host fill (swapped weights, inputs on their
-    way back), `workspace` is inside kernels; `blocks` is all that has no other name: activations, their gradients, the
+    Kinds: `checkpoints` are what blocks keep, `buffers` what copies from the host fill (swapped weights, inputs on their
+    way back), `workspace` is inside kernels; `block` is all that has no other name: activations, their gradients, the
     batch. `moved` are bytes copied `inward`, to the device, and `outward`. `timeline` has (flops, bytes) after each
     operator; backward begins at `forward_flops`.
     """
@@ -124,7 +124,7 @@ def trace(
         stack.enter_context(_adapters_in(details.adapters, traced))
         optimizer = _optimizer(traced, strategy, copies) if details.adam else None
         stack.enter_context(_labelled(traced, ledger))
-        stack.enter_context(operators_of_cuda(details.rms_norm_in_fp32, details.fused_rms_norm))
+        stack.enter_context(operators_of("cuda", details.rms_norm_in_fp32, details.fused_rms_norm))
         stack.enter_context(apply(traced.transformer, traced.spec, strategy, Path(scratch), copies=copies))
         _hold(ledger, copies, traced, optimizer, batch)
         with ledger:
@@ -181,7 +181,7 @@ def _hold(
     if optimizer is not None and not isinstance(optimizer, OffloadedAdamW):
         ledger.hold("optimizer", (value for state in optimizer.state.values() for value in state.values()))
     given = [batch.latents, batch.noise, batch.sigma, batch.weights, *vars(batch.conditioning).values()]
-    ledger.hold("blocks", (value for value in given if isinstance(value, Tensor)))
+    ledger.hold("block", (value for value in given if isinstance(value, Tensor)))
 
 
 @contextmanager
@@ -189,7 +189,7 @@ def _labelled(traced: Traced, ledger: Ledger) -> Iterator[None]:
     """Tells `ledger` which storages are inputs of blocks and which are gradients of parameters."""
 
     def entered(_block: nn.Module, arguments: tuple[Any, ...]) -> None:
-        ledger.hold("inputs", arguments[:1])
+        ledger.hold("checkpoints", arguments[:1])
 
     def accumulated(parameter: Tensor) -> None:
         if parameter.grad is not None:

@@ -36,7 +36,7 @@ ONE_GROUP = "inputs to host, all swapped, 16 slices"
 """Traced on request alone: traces in slices take longest."""
 MOST_FRUGAL = "most frugal"
 """The one before it in `strategies` but for the optimiser's states, which wait in host memory."""
-KINDS = ("weights", "buffers", "adapters", "gradients", "optimizer", "inputs", "blocks", "workspace")
+KINDS = ("weights", "buffers", "adapters", "gradients", "optimizer", "checkpoints", "block", "workspace")
 OF_ANOTHER_TRACE = 69.0
 """GiB per block at 129 frames, from a trace of diffusers' model alone that was made without this program."""
 SIMPLER = Details(torch.bfloat16, adam=False, fused_rms_norm=False, workspaces=False)

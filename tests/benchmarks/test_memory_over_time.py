@@ -15,9 +15,7 @@ def drawing(script: Callable[[str], Any]) -> Any:
 
 def step(drawing: Any, timeline: list[tuple[int, int]]) -> Any:
     flops = timeline[-1][0]
-    return drawing.Step(
-        Counter(blocks=max(held for _, held in timeline)), 0, Counter(), flops, flops // 4, timeline, []
-    )
+    return drawing.Step(Counter(block=max(held for _, held in timeline)), 0, Counter(), flops, flops // 4, timeline, [])
 
 
 def test_the_picture_has_a_line_and_a_legend_for_each_strategy(drawing: Any) -> None:

@@ -46,8 +46,8 @@ def frozen_bytes(traced: Any) -> int:
 
 def test_checkpointing_keeps_each_blocks_input_in_bf16_and_one_block(training: Any, traced: Any) -> None:
     plain, checkpointed = (step(training, traced, strategy).peak for strategy in (PLAIN, PER_BLOCK))
-    assert checkpointed["inputs"] == LAYERS * rounded(input_bytes(traced))
-    assert 0.2 * plain["blocks"] < checkpointed["blocks"] < 0.4 * plain["blocks"]
+    assert checkpointed["checkpoints"] == LAYERS * rounded(input_bytes(traced))
+    assert 0.2 * plain["block"] < checkpointed["block"] < 0.4 * plain["block"]
     assert checkpointed["weights"] == plain["weights"]
 
 
@@ -114,7 +114,7 @@ def test_what_autocast_does_to_rms_norm_changes_nothing_because_norms_are_kept_o
     training: Any, traced: Any
 ) -> None:
     inside, outside = (
-        step(training, traced, PLAIN, details=training.Details(rms_norm_in_fp32=in_fp32)).peak["blocks"]
+        step(training, traced, PLAIN, details=training.Details(rms_norm_in_fp32=in_fp32)).peak["block"]
         for in_fp32 in (True, False)
     )
     assert inside == outside
@@ -128,9 +128,9 @@ def test_details_change_what_they_name(training: Any, traced: Any) -> None:
     }
     assert changed["adapters"]["adapters"] < 0.6 * usual["adapters"]
     assert changed["adam"]["optimizer"] == 0
-    assert changed["peft_casts"]["blocks"] > usual["blocks"]
+    assert changed["peft_casts"]["block"] > usual["block"]
     decomposed = step(training, traced, PER_BLOCK, details=training.Details(fused_rms_norm=False)).peak
-    assert decomposed["blocks"] > usual["blocks"]
+    assert decomposed["block"] > usual["block"]
 
 
 @pytest.mark.parametrize(
@@ -176,4 +176,4 @@ def test_a_step_is_traced_to_the_same_bytes_twice(training: Any, traced: Any) ->
 def test_every_kind_of_model_can_be_traced(training: Any, name: str) -> None:
     traced = training.build(variant(name), LoraConfig(rank=RANK), TrainingConfig())
     peak = step(training, traced, PER_BLOCK).peak
-    assert set(+peak) >= {"weights", "adapters", "optimizer", "inputs", "blocks"}
+    assert set(+peak) >= {"weights", "adapters", "optimizer", "checkpoints", "block"}

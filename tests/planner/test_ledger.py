@@ -18,10 +18,10 @@ def test_the_ledger_counts_rounded_storages_while_they_live_and_views_not_at_all
         first = torch.zeros(129)
         view = first[1:].view(2, 64)
         del first
-        assert +ledger.now == {"blocks": 1024}
+        assert +ledger.now == {"block": 1024}
         second = torch.zeros(1)
-        ledger.hold("inputs", [view])
-        assert +ledger.now == {"blocks": 512, "inputs": 1024}
+        ledger.hold("checkpoints", [view])
+        assert +ledger.now == {"block": 512, "checkpoints": 1024}
         del view, second
         assert ledger.now.total() == 0
     assert ledger.peak.total() == 1536
@@ -114,8 +114,8 @@ def test_the_largest_storages_at_the_peak_are_told_with_what_made_them() -> None
     assert sum(storage.nbytes for storage in largest) == peak == 3 * 4096
     assert {(storage.kind, storage.operator) for storage in largest} == {
         ("weights", "held"),
-        ("blocks", "mul.Tensor"),
-        ("blocks", "exp.default"),
+        ("block", "mul.Tensor"),
+        ("block", "exp.default"),
     }
 
 

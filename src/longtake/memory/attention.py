@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +21,18 @@ _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
 _EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention
 _EFFICIENT_BACKWARD = torch.ops.aten._scaled_dot_product_efficient_attention_backward
 
+_meta_is: ContextVar[str] = ContextVar("the device that `meta` tensors stand for", default="cuda")
+
+
+@contextmanager
+def meta_stands_for(device_type: Literal["cuda", "cpu"]) -> Iterator[None]:
+    """Inside the context attention on `meta` tensors is that device's operator; else CUDA's."""
+    outer = _meta_is.set(device_type)
+    try:
+        yield
+    finally:
+        _meta_is.reset(outer)
+
 
 def attend(
     query: Float[Tensor, "batch heads tokens head_dim"],
@@ -31,7 +44,7 @@ def attend(
     softmax(query key^T / sqrt(head_dim)) value (arXiv:1706.03762, equation 1) by torch's fused kernels, which give on
     the CPU the bits of `scaled_dot_product_attention`. The logsumexp of each row is padded to the kernel's liking.
     """
-    if query.device.type == "cpu":
+    if _on_cpu(query):
         out, logsumexp = _CPU(query, key, value)
     elif _has_flash(query):
         out, logsumexp, *_ = _FLASH(query, key, value)
@@ -54,7 +67,7 @@ def attend_backward(
 ]:
     """Gradients of query, key and value, given that of `attend`'s output; nothing random is left to replay."""
     given = (gradient, query, key, value)
-    if query.device.type == "cpu":
+    if _on_cpu(query):
         found = _CPU_BACKWARD(*given, out, logsumexp, 0.0, False)
     elif _has_flash(query):
         tokens, no_state = query.shape[2], torch.empty(0, dtype=torch.int64, device=query.device)
@@ -87,6 +100,10 @@ def lowered(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _autocast_name(device_type: str) -> str:
     """Autocast knows no `meta` device; what is traced there follows the CPU's switch."""
     return "cpu" if device_type == "meta" else device_type
+
+
+def _on_cpu(query: Tensor) -> bool:
+    return query.device.type == "cpu" or (query.is_meta and _meta_is.get() == "cpu")
 
 
 def _has_flash(query: Tensor) -> bool:

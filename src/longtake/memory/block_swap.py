@@ -5,14 +5,14 @@ They are never copied back. While one block is computed the next one, in the ord
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from longtake.memory.block_weights import Home, Layout, bring, finder, home_in_files, home_in_host, read_back
 from longtake.memory.copies import Copies
-from longtake.memory.host_buffers import DiskTier, HostTier, allocate, copy, done, settle, use
+from longtake.memory.host_buffers import Buffer, DiskTier, HostTier, allocate, copy, done, settle, use
 from longtake.models.weight_files import WeightFile
 
 
@@ -54,8 +54,8 @@ def block_swap(
                 homes[index] = home_in_host(block, layout, own, tier)
             else:
                 homes[index] = home_in_files(block, layout, own, tier, copies)
-        ring = Ring(copies, homes, [_Slot(copies, layout, device) for _ in range(every + 1)], every)
-        hooks = [hook for index in chosen for hook in _hooked(ring, index, blocks[index])]
+        ring = Ring(copies, homes, [Slot(copies, layout, device) for _ in range(every + 1)], every)
+        hooks = [hook for index in chosen for hook in hooked(ring, index, blocks[index])]
         try:
             yield ring
         finally:
@@ -81,8 +81,24 @@ def make_resident(
             bring(blocks[index], find(f"{prefix}{index}."), device)
 
 
-def _hooked(ring: "Ring", index: int, block: nn.Module) -> list[Any]:
-    """A block's weights are needed from before to after its forward, and from its output's gradient to its input's."""
+@runtime_checkable
+class Uses(Protocol):
+    """What is told when a block's weights are needed: the ring, or who only wants to know."""
+
+    backward: bool
+
+    def acquire(self, index: int) -> None:
+        """The block is computed from now on."""
+
+    def acquire_for_backward(self, index: int) -> None:
+        """The gradient of the block's output is there."""
+
+    def release(self, index: int) -> None:
+        """What was computed last used the block's weights."""
+
+
+def hooked(ring: Uses, index: int, block: nn.Module) -> list[Any]:
+    """Hooks of a block, whose weights are used by its forward, and from its output's gradient to its input's."""
 
     def before(_block: nn.Module, arguments: tuple[Any, ...]) -> None:
         ring.acquire(index)
@@ -99,7 +115,7 @@ def _hooked(ring: "Ring", index: int, block: nn.Module) -> list[Any]:
     return [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
 
 
-class _Slot:
+class Slot:
     """A buffer of the ring and the parameters that lie in it, of whichever block it holds."""
 
     def __init__(self, copies: Copies, layout: Layout, device: torch.device) -> None:
@@ -109,10 +125,22 @@ class _Slot:
         self.busy = False
 
 
+@runtime_checkable
+class Away(Protocol):
+    """The weights of a block that are not on the device: where they wait, and what puts them into the block."""
+
+    @property
+    def buffer(self) -> Buffer:
+        """Their bytes."""
+
+    def put(self, parameters: list[nn.Parameter] | None = None) -> None:
+        """The block computes with `parameters`, or, without, is away."""
+
+
 class Ring:
     """Gives blocks their weights in time; the order in which they will be needed is known for a whole step."""
 
-    def __init__(self, copies: Copies, homes: Mapping[int, Home], slots: list[_Slot], every: int) -> None:
+    def __init__(self, copies: Copies, homes: Mapping[int, "Away"], slots: list[Slot], every: int) -> None:
         self.copies, self.homes, self.slots, self.every = copies, homes, slots, every
         self.order: list[int] = []
         self.position = -1
@@ -185,14 +213,14 @@ class Ring:
                 return
             self._fetch(index, slot)
 
-    def _fetch(self, index: int, slot: _Slot) -> None:
+    def _fetch(self, index: int, slot: Slot) -> None:
         copy(self.copies, "inward", slot.buffer, self.homes[index].buffer)
         slot.holds = index
 
-    def _holding(self, index: int) -> _Slot | None:
+    def _holding(self, index: int) -> Slot | None:
         return next((slot for slot in self.slots if slot.holds == index), None)
 
-    def _least_needed(self) -> _Slot | None:
+    def _least_needed(self) -> Slot | None:
         free = [slot for slot in self.slots if not slot.busy]
         never = len(self.order) + 1
         return max(free, key=lambda slot: never if slot.holds is None else self._next_use(slot.holds), default=None)

@@ -121,10 +121,10 @@ class CpuCopies:
 
 
 class MetaCopies:
-    """Copies of bytes that are not there; `host_bytes` is what was asked for of the host."""
+    """Copies of bytes that are not there; `host_bytes` and `disk_bytes` are what was asked for of either."""
 
     def __init__(self) -> None:
-        self.host_bytes = 0
+        self.host_bytes = self.disk_bytes = 0
 
     def start(self, queue: Queue, target: Place, source: Place, after: Sequence[Event]) -> Event:  # noqa: ARG002
         """Done at once."""
@@ -140,8 +140,12 @@ class MetaCopies:
     def host(self, nbytes: int) -> Tensor:
         """A tensor that no dispatch mode sees: the device has none of it."""
         self.host_bytes += nbytes
-        with _disable_current_modes():
-            return torch.empty(nbytes, dtype=torch.uint8, device="meta")
+        return bytes_elsewhere(nbytes)
+
+    def disk(self, nbytes: int) -> Tensor:
+        """What stands for a file: as of `host`."""
+        self.disk_bytes += nbytes
+        return bytes_elsewhere(nbytes)
 
     def close(self) -> None:
         """Nothing to end."""
@@ -242,6 +246,12 @@ class _FileThread:
             self.stream.synchronize()  # the part before this one has left the staging memory
             read(staging[: len(part)], (extent,))
             part.copy_(staging[: len(part)], non_blocking=True)
+
+
+def bytes_elsewhere(nbytes: int) -> Tensor:
+    """Bytes on `meta` that no dispatch mode sees."""
+    with _disable_current_modes():
+        return torch.empty(nbytes, dtype=torch.uint8, device="meta")
 
 
 def _host_memory(nbytes: int) -> Tensor:

@@ -153,13 +153,15 @@ class _Free:
 class HostTier:
     """Host memory, allocated once for each buffer that is in use at a time, at its exact size, and used again."""
 
-    def __init__(self, copies: Copies) -> None:
+    def __init__(self, copies: Copies, allocate: Callable[[int], Tensor] | None = None) -> None:
+        """`allocate` gives memory, the host's without it."""
         self.copies = copies
+        self.allocate = allocate or copies.host
         self.free = _Free()
 
     def take(self, nbytes: int) -> Buffer:
         """Raises RunError where the host refuses."""
-        return self.free.take(nbytes) or Buffer(self.copies.host(nbytes))
+        return self.free.take(nbytes) or Buffer(self.allocate(nbytes))
 
     def give_back(self, buffer: Buffer) -> None:
         """Keeps the memory."""

@@ -54,7 +54,7 @@ def apply(
         if copies is None and (strategy.activation_offload != "none" or strategy.block_swap):
             copies = copies_for(next(transformer.parameters()).device)
             features.callback(copies.close)
-        keep_for = _keeping(strategy, blocks, copies, scratch, features)
+        keep_for = features.enter_context(keeping(strategy, len(blocks), copies, scratch))
         files = (f"{spec.blocks}.", weight_files or {})
         make_resident(blocks, strategy.block_swap, next(transformer.parameters()).device, files)
         if strategy.block_swap:
@@ -63,7 +63,7 @@ def apply(
             swap = block_swap(blocks, strategy.block_swap, strategy.checkpoint_every, copies, tier, files)
             ring = features.enter_context(swap)
             features.callback(transformer.register_forward_pre_hook(lambda *_: ring.begin()).remove)
-        _recomputing(transformer, spec, strategy, keep_for, features)
+        features.enter_context(recomputing(transformer, spec, strategy, keep_for))
         yield
 
 
@@ -115,41 +115,52 @@ def _drops_out(blocks: nn.ModuleList) -> bool:
     return any(isinstance(module, nn.Dropout) and module.p > 0 for module in blocks.modules())
 
 
-def _keeping(
-    strategy: MemoryStrategy, blocks: nn.ModuleList, copies: Copies | None, scratch: Path, features: ExitStack
-) -> Callable[[int], Keep]:
-    """How a segment of blocks keeps what is its own."""
+@contextmanager
+def keeping(
+    strategy: MemoryStrategy, count: int, copies: Copies | None, scratch: Path
+) -> Iterator[Callable[[int], Keep]]:
+    """Yields how a segment, by its number, of a model of `count` blocks keeps what is its own until backward."""
     if strategy.activation_offload == "none":
-        return lambda _segment: keep_on_device
+        yield lambda _segment: keep_on_device
+        return
     assert copies is not None
-    tier = _tier(strategy.activation_offload, "activations", copies, scratch, features)
-    moving = features.enter_context(activation_offload(copies, tier))
-    segments = -(-len(blocks) // strategy.checkpoint_every)
-    return keep_first(round(segments * strategy.activation_offload_fraction), moving, keep_on_device)
+    with ExitStack() as features:
+        tier = _tier(strategy.activation_offload, "activations", copies, scratch, features)
+        moving = features.enter_context(activation_offload(copies, tier))
+        segments = -(-count // strategy.checkpoint_every)
+        yield keep_first(round(segments * strategy.activation_offload_fraction), moving, keep_on_device)
+
+
+@contextmanager
+def recomputing(
+    transformer: Any, spec: ModelSpec, strategy: MemoryStrategy, keep_for: Callable[[int], Keep]
+) -> Iterator[None]:
+    """Inside the context a block keeps by `keep_for` what `strategy` says, and computes all else again in backward."""
+    blocks, every = getattr(transformer, spec.blocks), strategy.checkpoint_every
+    keeps_attention = strategy.gradient_checkpointing == "block_keep_attention"
+    if strategy.gradient_checkpointing == "none":
+        yield
+        return
+    with ExitStack() as features:
+        if strategy.slices > 1 or strategy.attention_head_groups > 1:
+            groups = strategy.attention_head_groups
+            cut = slices(blocks, spec.stages(), strategy.slices, groups, keep_for, keeps_attention)
+            features.enter_context(cut)
+            yield
+            return
+        contexts = None
+        if keeps_attention:
+            of_block: Callable[[int], Keep] = lambda index: keep_for(index // every)  # noqa: E731
+            contexts = features.enter_context(keep_attention(blocks, spec.self_attention, of_block))
+        features.enter_context(gradient_checkpointing(transformer, blocks, every, keep_for, contexts))
+        yield
 
 
 def _tier(
     where: Literal["host", "disk"], purpose: str, copies: Copies, scratch: Path, features: ExitStack
 ) -> HostTier | DiskTier:
-    if where == "host" or isinstance(copies, MetaCopies):
+    if isinstance(copies, MetaCopies):
+        return HostTier(copies, copies.host if where == "host" else copies.disk)
+    if where == "host":
         return HostTier(copies)
     return features.enter_context(disk_tier(scratch, purpose))
-
-
-def _recomputing(
-    transformer: Any, spec: ModelSpec, strategy: MemoryStrategy, keep_for: Callable[[int], Keep], features: ExitStack
-) -> None:
-    """What a block keeps, and what it computes again."""
-    blocks, every = getattr(transformer, spec.blocks), strategy.checkpoint_every
-    keeping = strategy.gradient_checkpointing == "block_keep_attention"
-    if strategy.gradient_checkpointing == "none":
-        return
-    if strategy.slices > 1 or strategy.attention_head_groups > 1:
-        groups = strategy.attention_head_groups
-        features.enter_context(slices(blocks, spec.stages(), strategy.slices, groups, keep_for, keeping))
-        return
-    contexts = None
-    if keeping:
-        of_block: Callable[[int], Keep] = lambda index: keep_for(index // every)  # noqa: E731
-        contexts = features.enter_context(keep_attention(blocks, spec.self_attention, of_block))
-    features.enter_context(gradient_checkpointing(transformer, blocks, every, keep_for, contexts))

@@ -1,6 +1,7 @@
 """Runs operators on `meta` tensors, and tells what they cost on the device they stand for."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -10,17 +11,34 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from longtake.memory.flattened import inner_tensors
+from longtake.planner.events import NO_WORK, Work
 
 GRANULE = 512
 """Bytes that CUDA's caching allocator rounds an allocation up to."""
-FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
+_ATEN = torch.ops.aten
+FLASH_BACKWARD = _ATEN._scaled_dot_product_flash_attention_backward.default
+_ATTENTION = (_ATEN._scaled_dot_product_flash_attention, _ATEN._scaled_dot_product_flash_attention_for_cpu)
+_ATTENTION_BACKWARD = (
+    _ATEN._scaled_dot_product_flash_attention_backward,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward,
+)
+_ALLOCATING = (_ATEN.empty, _ATEN.empty_like, _ATEN.empty_strided, _ATEN.new_empty, _ATEN.new_empty_strided)
 Result: TypeAlias = Any
 """What an operator returns."""
 Made: TypeAlias = tuple[Result, Sequence[Tensor]]
 """A result, and its tensors that are in new storages."""
 
 
-def workspace_bytes(func: Any, args: Sequence[Any]) -> int:
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What an operator returned, what it cost, and those of its tensors that are in new storages."""
+
+    result: Result
+    work: Work
+    made: Sequence[Tensor]
+
+
+def workspaces(func: Any, args: Sequence[Any]) -> tuple[int, ...]:
     """Bytes that a kernel allocates for itself, unseen by any dispatch mode: those of attention's backward pass.
 
     FlashAttention-2's has fp32 sums of dq and of each row's softmax gradient, for tokens rounded up to 128 and a head
@@ -29,13 +47,13 @@ def workspace_bytes(func: Any, args: Sequence[Any]) -> int:
     (cuda/attention_backward.cu, `_flash_attention_backward`).
     """
     if func is not FLASH_BACKWARD:
-        return 0
+        return ()
     gradient, query, _, _, out = args[:5]
     batch, heads, tokens, head_dim = query.shape
     rows = batch * heads * rounded(tokens, 128)
     sums = [4 * rows * rounded(head_dim, 32 if head_dim <= 128 else 64), 4 * rows]
     copies = [tensor.nbytes for tensor in (gradient, out) if not tensor.transpose(1, 2).is_contiguous()]
-    return sum(rounded(nbytes, GRANULE) for nbytes in (*sums, *copies))
+    return (*sums, *copies)
 
 
 def rounded(value: int, unit: int) -> int:
@@ -50,25 +68,26 @@ class _Kernels:
     """
 
     def __init__(self) -> None:
-        self.found: dict[Any, tuple[Callable[[Any], Made], int] | None] = {}
+        self.found: dict[Any, tuple[Callable[[Any], Made], Work] | None] = {}
 
-    def run(self, func: Any, args: Any, kwargs: Any) -> tuple[Result, int, Sequence[Tensor]]:
-        """(what `func` returns, its floating-point operations, the tensors of the result that are in new storages)."""
+    def run(self, func: Any, args: Any, kwargs: Any) -> Ran:
+        """Runs `func`, or gives what it gave before."""
         try:
             key = (func, _described(args), _described(tuple(kwargs.items())))
             known = self.found.get(key)
         except _Other:
             key, known = None, None
         if known is not None:
-            again, flops = known
+            again, work = known
             result, made = again(args)
-            return result, flops, made
-        result, flops = _run(func, args, kwargs)
+            return Ran(result, work, made)
+        result = func(*args, **kwargs)
+        work = _work(func, args, kwargs, result)
         made = _new(result, args, kwargs)
         if key is not None and key not in self.found:
             make = _maker(result, made, args)
-            self.found[key] = None if make is None else (make, flops)
-        return result, flops, made
+            self.found[key] = None if make is None else (make, work)
+        return Ran(result, work, made)
 
 
 KERNELS = _Kernels()
@@ -85,10 +104,34 @@ def is_view(func: Any) -> bool:
     return any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
 
 
-def _run(func: Any, args: Any, kwargs: Any) -> tuple[Result, int]:
-    result = func(*args, **kwargs)
-    count = flop_registry.get(func._overloadpacket)
-    return result, count(*args, **kwargs, out_val=result) if count else 0
+def _work(func: Any, args: Any, kwargs: Any, result: Result) -> Work:
+    """Its cost, with torch's own count of floating-point operations where it has one."""
+    packet = func._overloadpacket
+    if packet in _ALLOCATING:
+        return NO_WORK
+    if packet is _ATEN._scaled_dot_product_flash_attention_for_cpu:  # which torch does not count
+        return Work(attention_flops=_attention_flops(2, *args[:3]), calls=1)
+    if packet is _ATEN._scaled_dot_product_flash_attention_for_cpu_backward:
+        return Work(attention_backward_flops=_attention_flops(5, *args[1:4]), calls=1)
+    count = flop_registry.get(packet)
+    flops = count(*args, **kwargs, out_val=result) if count else 0
+    if packet in _ATTENTION:
+        return Work(attention_flops=flops, calls=1)
+    if packet in _ATTENTION_BACKWARD:
+        return Work(attention_backward_flops=flops, calls=1)
+    if flops:
+        single = _tensors(result)[0].dtype == torch.float32
+        return Work(fp32_matmul_flops=flops, calls=1) if single else Work(matmul_flops=flops, calls=1)
+    return Work(moved_bytes=sum(tensor.nbytes for tensor in _tensors((args, kwargs, result))), calls=1)
+
+
+def _attention_flops(products: int, query: Tensor, key: Tensor, value: Tensor) -> int:
+    """Of `products` matrix products of rows x keys x head_dim, as torch counts those of its other kernels.
+
+    Two in the forward pass; five in the backward pass, which computes the scores again (arXiv:2205.14135).
+    """
+    batch, heads, rows, head_dim = query.shape
+    return 2 * products * batch * heads * rows * key.shape[2] * max(head_dim, value.shape[3])
 
 
 def _new(result: Result, args: Any, kwargs: Any) -> list[Tensor]:

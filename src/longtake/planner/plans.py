@@ -77,9 +77,10 @@ class Advice:
 class Report:
     """The planner's answer.
 
-    `plans` are sorted fastest first among those that fit, then those that do not, the nearest to fitting first; `chosen`
-    is an index into them, or None. `references` are strategies for comparison that nobody has to choose from, such as
-    plain checkpointing with the encoders resident. `command` trains the chosen plan. `seconds` is how long planning took.
+    `plans` are sorted fastest first among those that fit, then those that do not, the nearest to fitting first;
+    `chosen` is an index into them, or None. `references` are strategies for comparison that nobody has to choose from,
+    such as plain checkpointing with the encoders resident. `command` trains the chosen plan. `seconds` is how long
+    planning took.
     """
 
     model: str

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from longtake.config.schema import MemoryStrategy, TrainingConfig
 from longtake.errors import Problem, RunError
-from longtake.memory.copies import copies_for
+from longtake.memory.copies import Copies, copies_for
 from longtake.memory.flattened import named_inner_tensors
 from longtake.memory.optimizer_offload import OffloadedAdamW
 from longtake.memory.quantization import require_torchao
@@ -24,12 +24,16 @@ def trained_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def build_optimizer(
-    parameters: Mapping[str, nn.Parameter], training: TrainingConfig, memory: MemoryStrategy = ON_DEVICE
+    parameters: Mapping[str, nn.Parameter],
+    training: TrainingConfig,
+    memory: MemoryStrategy = ON_DEVICE,
+    copies: Copies | None = None,
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101); weight decay for matrices only.
 
-    Its states are where and what `memory` says; an `OffloadedAdamW` must be closed. Raises ConfigError where torchao,
-    which has the 8-bit states, is missing, and RunError where the host refuses the memory.
+    Its states are where and what `memory` says, moved by `copies`, the device's own without it; an `OffloadedAdamW`
+    must be closed. Raises ConfigError where torchao, which has the 8-bit states, is missing, and RunError where the
+    host refuses the memory.
     """
     decayed = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
     plain = [parameter for parameter in parameters.values() if parameter.ndim < 2]
@@ -42,7 +46,7 @@ def build_optimizer(
         return _adamw8bit(groups, training.learning_rate)
     if memory.optimizer_offload:
         device = next(iter(parameters.values())).device
-        return OffloadedAdamW(groups, training.learning_rate, copies_for(device))
+        return OffloadedAdamW(groups, training.learning_rate, copies or copies_for(device))
     # one kernel on CUDA: tensor by tensor it would be thousands, and torch's default takes a copy of what is trained
     fused = all(parameter.is_cuda for parameter in parameters.values())
     return torch.optim.AdamW(groups, lr=training.learning_rate, fused=fused)

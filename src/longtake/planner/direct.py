@@ -1,0 +1,69 @@
+"""A whole step of the whole model on `meta` under `memory.strategy.apply`, nothing composed: what plans are held to."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from longtake.config.schema import MemoryStrategy
+from longtake.memory.optimizer_offload import OffloadedAdamW
+from longtake.memory.strategy import apply
+from longtake.planner.composition import Composed
+from longtake.planner.events import KINDS, Compute, Item
+from longtake.planner.ledger import Ledger
+from longtake.planner.log import Fold, Span
+from longtake.planner.meta_model import MetaModel, as_it_was, batch_tensors
+from longtake.planner.operators import operators_of
+from longtake.planner.planned_copies import PlannedCopies
+from longtake.planner.recording import label_gradients
+from longtake.planner.step import forward_and_backward, optimizer_for, update
+from longtake.training.batch import Batch
+
+_NOWHERE = Path("/nonexistent")
+
+
+def trace(model: MetaModel, strategy: MemoryStrategy, batch: Batch, micro_batches: int = 1) -> Composed:
+    """`micro_batches` passes of `batch` and the update. `micro_batch` of the result has the items of all passes."""
+    subject = model.subject
+    log: list[Any] = []
+    ledger = Ledger(workspaces=subject.device_type == "cuda", log=log)
+    copies = PlannedCopies(ledger, log)
+    parameters = model.parameters
+    with ExitStack() as stack:
+        stack.enter_context(as_it_was(model.transformer))
+        optimizer = optimizer_for(parameters, subject.training, strategy, copies, subject.device_type)
+        stack.enter_context(operators_of(subject.device_type))
+        stack.enter_context(label_gradients(ledger, [*parameters.values()]))
+        stack.enter_context(apply(model.transformer, model.spec, strategy, _NOWHERE, copies=copies))
+        frozen = [parameter for parameter in model.transformer.parameters() if not parameter.requires_grad]
+        ledger.hold("weights", copies.on_device([*frozen, *model.transformer.buffers()]))
+        ledger.hold(model.trained_kind, parameters.values())
+        if not isinstance(optimizer, OffloadedAdamW):
+            ledger.hold("optimizer", (value for state in optimizer.state.values() for value in state.values()))
+        ledger.hold("block", batch_tensors(batch))
+        before = len(log)
+        with ledger:
+            for _ in range(micro_batches):
+                forward_and_backward(model, batch)
+            passes = len(log)
+            update([*parameters.values()], optimizer, subject.training)
+    fold = Fold(log[:before])
+    held = [*fold.totals()]
+    items = [_items(fold, part, held) for part in (log[before:passes], log[passes:])]
+    peak = max((item.held for part in items for item in part if isinstance(item, Compute)), key=sum)
+    return Composed(tuple(items[0]), tuple(items[1]), peak, copies.host_bytes, copies.disk_bytes)
+
+
+def _items(fold: Fold, log: list[Any], held: list[int]) -> list[Item]:
+    """The log as items; `held` is brought up to date."""
+    items: list[Item] = []
+    for entry in fold.entries(log):
+        if isinstance(entry, Span):
+            highest = tuple(now + own for now, own in zip(held, entry.peak, strict=True))
+            items.append(Compute(entry.work, "", highest))
+            held[:] = [now + change for now, change in zip(held, entry.net, strict=True)]
+        else:
+            items.append(entry)  # type: ignore[arg-type]  # nothing is logged as a seam
+    assert len(held) == len(KINDS)
+    return items

@@ -1,0 +1,146 @@
+"""The encoders around a Wan transformer on `meta`: of the published configurations, or of the tiny ones."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+
+from longtake.models.wan import tiny
+from longtake.models.wan.variants import WanVariant
+from longtake.planner.operators import DeviceType
+
+META = torch.device("meta")
+VAE_2_1: dict[str, Any] = {}
+"""Arguments of AutoencoderKLWan, whose defaults are vae/config.json of Wan-AI/Wan2.1-I2V-14B-480P-Diffusers."""
+VAE_2_2: dict[str, Any] = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "is_residual": True,
+    "patch_size": 2,
+    "in_channels": 12,
+    "out_channels": 12,
+    "scale_factor_spatial": 16,
+    "latents_mean": [0.0] * 48,
+    "latents_std": [1.0] * 48,
+}
+"""Those of vae/config.json of Wan-AI/Wan2.2-TI2V-5B-Diffusers but for the statistics, whose values take no memory."""
+UMT5_XXL: dict[str, Any] = {
+    "vocab_size": 256384,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+}
+"""Those of UMT5Config in text_encoder/config.json, the same in every repository of Wan-AI."""
+CLIP_VIT_H: dict[str, Any] = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+    "hidden_act": "gelu",
+}
+"""Those of CLIPVisionConfig in image_encoder/config.json of Wan-AI/Wan2.1-I2V-14B-480P-Diffusers."""
+_TINY_VOCABULARY = 259
+"""Tokens of `tiny.build_tokenizer`: the bytes, and three special ones."""
+_LOWER_PRECISION = "Wan-AI/Wan2.2-"
+_EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention
+_FLASH_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_LEFT_TO_ONEDNN = 20480
+
+
+def vae(variant: WanVariant) -> AutoencoderKLWan:
+    """The VAE, in fp32 as `load_vae` has it."""
+    return _vae(variant.vae, bool(variant.hub_id))
+
+
+def text_encoder(variant: WanVariant) -> UMT5EncoderModel:
+    """UMT5 in the type that `load_text_encoder` gives it, which is that of the files.
+
+    The Wan2.1 repositories have it in fp32 (22,723,671,744 bytes in five files, in T2V-1.3B and I2V-14B-480P), those of
+    Wan2.2 in bf16 (11,361,851,208 bytes in three files, in TI2V-5B).
+    """
+    return _text_encoder(bool(variant.hub_id), variant.hub_id.startswith(_LOWER_PRECISION))
+
+
+def image_encoder(variant: WanVariant) -> CLIPVisionModel | None:
+    """CLIP's vision tower, in fp32 as `load_image_encoder` has it; None where the model has none."""
+    return _image_encoder(bool(variant.hub_id)) if variant.has_image_encoder else None
+
+
+@contextmanager
+def operators_of_encoders(device_type: DeviceType) -> Iterator[None]:
+    """Inside the context `meta` tensors go through the operators that an encoder's tensors on a device would.
+
+    On CUDA attention is the memory-efficient kernel's, without gradients: FlashAttention takes neither fp32 nor UMT5's
+    bias (`use_flash_attention`, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp). cuDNN's convolutions copy an
+    input that is not contiguous (`_convolution`, aten/src/ATen/native/Convolution.cpp). On the CPU those of few
+    channels are products with their unfolded input, 27 times as large (`slow_conv3d_forward_out_cpu`,
+    aten/src/ATen/native/ConvolutionMM3d.cpp).
+    """
+    on_cuda = device_type == "cuda"
+    conv2d, conv3d = functional.conv2d, functional.conv3d
+
+    def own_conv2d(input: Tensor, *rest: Any) -> Tensor:
+        return conv2d(input.contiguous() if on_cuda else input, *rest)
+
+    def own_conv3d(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        given = input.contiguous() if on_cuda else input
+        result = conv3d(given, weight, *rest)
+        if not on_cuda and _is_unfolded(input, weight):
+            input.new_empty(weight[0].numel() * result[:, 0].numel())
+        return result
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **keywords: Any) -> Any:
+        scale = keywords.get("scale")
+        if on_cuda:
+            return _EFFICIENT(query, key, value, attn_mask, False, scale=scale)[0]
+        return _FLASH_ON_CPU(query, key, value, attn_mask=attn_mask, scale=scale)[0]
+
+    with (
+        patch.object(functional, "conv2d", own_conv2d),
+        patch.object(functional, "conv3d", own_conv3d),
+        patch.object(functional, "scaled_dot_product_attention", attention),
+    ):
+        yield
+
+
+def _is_unfolded(input: Tensor, weight: Tensor) -> bool:
+    """Where oneDNN does not take an fp32 convolution of one clip (`use_mkldnn`, ATen/native/Convolution.cpp)."""
+    return weight[0, 0].numel() > 1 and input.shape[0] == 1 and input[..., 0].numel() <= _LEFT_TO_ONEDNN
+
+
+@cache
+def _vae(generation: str, published: bool) -> AutoencoderKLWan:
+    small = tiny.VAE_2_2 if generation == "2.2" else tiny.VAE_2_1
+    large = VAE_2_2 if generation == "2.2" else VAE_2_1
+    with META:
+        return _frozen(AutoencoderKLWan(**(large if published else small)))
+
+
+@cache
+def _text_encoder(published: bool, lower_precision: bool) -> UMT5EncoderModel:
+    config = UMT5_XXL if published else {"vocab_size": _TINY_VOCABULARY, **tiny.TEXT_ENCODER}
+    with META:
+        model = UMT5EncoderModel(UMT5Config(**config))
+    return _frozen(model.to(torch.bfloat16) if lower_precision else model)
+
+
+@cache
+def _image_encoder(published: bool) -> CLIPVisionModel:
+    with META:
+        return _frozen(CLIPVisionModel(CLIPVisionConfig(**(CLIP_VIT_H if published else tiny.IMAGE_ENCODER))))
+
+
+def _frozen(model: nn.Module) -> Any:
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,70 @@
+"""The update that ends a step: clipping and the optimiser, over the trained parameters of all blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from longtake.config.schema import MemoryStrategy
+from longtake.memory.optimizer_offload import OffloadedAdamW
+from longtake.planner.events import Counts
+from longtake.planner.ledger import Ledger
+from longtake.planner.log import Entry, Fold
+from longtake.planner.meta_model import META, MetaModel
+from longtake.planner.planned_copies import PlannedCopies
+from longtake.planner.step import optimizer_for, update
+
+_FIRST_EVENT = 1_000_000
+"""The events of the update follow those of the passes before it, whatever their number."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """The entries of the update; `held` are the trained parameters, their gradients and the states at its start."""
+
+    entries: tuple[Entry, ...]
+    held: Counts
+    host_bytes: int
+
+
+def record_update(model: MetaModel, strategy: MemoryStrategy) -> Update:
+    """The update of the whole model, of which `model` may have a few blocks only."""
+    log: list[Any] = []
+    ledger = Ledger(log=log)
+    copies = PlannedCopies(ledger, log, _FIRST_EVENT)
+    subject = model.subject
+    parameters = all_parameters(model)
+    for parameter in parameters.values():
+        parameter.grad = torch.empty_like(parameter)
+    optimizer = optimizer_for(parameters, subject.training, strategy, copies, subject.device_type)
+    ledger.hold(model.trained_kind, parameters.values())
+    ledger.hold("gradients", (parameter.grad for parameter in parameters.values() if parameter.grad is not None))
+    if not isinstance(optimizer, OffloadedAdamW):
+        ledger.hold("optimizer", (value for state in optimizer.state.values() for value in state.values()))
+    if subject.training.ema:
+        ledger.hold("optimizer", averages := [torch.empty_like(each) for each in parameters.values()])
+    before = len(log)
+    with ledger:
+        update([*parameters.values()], optimizer, subject.training)
+        if subject.training.ema:
+            torch._foreach_lerp_(averages, [each.detach() for each in parameters.values()], 0.5)
+    fold = Fold(log[:before])
+    held = fold.totals()
+    return Update(tuple(fold.entries(log[before:])), held, copies.host_bytes)
+
+
+def all_parameters(model: MetaModel) -> dict[str, nn.Parameter]:
+    """The trained parameters of the whole model, in order, new and without values."""
+    prefix, own = f"{model.spec.blocks}.", model.parameters
+    found: dict[str, nn.Parameter] = {}
+    for name, parameter in own.items():
+        if not name.startswith(f"{prefix}0.") and name.startswith(prefix):
+            continue
+        count = model.subject.blocks if name.startswith(prefix) else 1
+        for index in range(count):
+            key = name.replace(f"{prefix}0.", f"{prefix}{index}.", 1)
+            found[key] = nn.Parameter(torch.empty_like(parameter, device=META))
+    return found
