@@ -59,7 +59,9 @@ def assert_equal(composed: Composed, whole: Composed) -> None:
     unnamed = ("checkpoints", "block", "buffers")
     for kind, mine, its in zip(KINDS, composed.peak, whole.peak, strict=True):
         assert kind in unnamed or mine == its, kind
-    assert (composed.host_bytes, composed.disk_bytes) == (whole.host_bytes, whole.disk_bytes)
+    assert composed.host_bytes == whole.host_bytes
+    assert composed.disk_bytes in (whole.disk_bytes, 0)  # 0: the weights are in the model's own file, of which a trace
+    # of the whole knows nothing
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

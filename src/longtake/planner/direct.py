@@ -48,9 +48,10 @@ def trace(model: MetaModel, strategy: MemoryStrategy, batch: Batch, micro_batche
                 forward_and_backward(model, batch)
             passes = len(log)
             update([*parameters.values()], optimizer, subject.training)
+        end = len(log)
     fold = Fold(log[:before])
     held = [*fold.totals()]
-    items = [_items(fold, part, held) for part in (log[before:passes], log[passes:])]
+    items = [_items(fold, part, held) for part in (log[before:passes], log[passes:end])]
     peak = max((item.held for part in items for item in part if isinstance(item, Compute)), key=sum)
     return Composed(tuple(items[0]), tuple(items[1]), peak, copies.host_bytes, copies.disk_bytes)
 

@@ -85,7 +85,8 @@ def record(model: MetaModel, structure: MemoryStrategy, batch: Batch, accumulati
         held = Counter(weights=_frozen_bytes(model.transformer), block=_bytes(batch_tensors(batch)))
         with ledger:
             forward_and_backward(model, batch)
-    segments = tuple(_segments(Fold(log[:before], model.blocks).entries(log[before:]), model.blocks))
+        after = len(log)
+    segments = tuple(_segments(Fold(log[:before], model.blocks).entries(log[before:after]), model.blocks))
     return Recording(model.blocks, segments, tuple(held[kind] for kind in KINDS), frozen, layout)
 
 

@@ -31,7 +31,10 @@ def seconds_of(work: Work, device: Device) -> float:
 
 
 def simulate(items: Iterable[Item], device: Device) -> Timeline:
-    """The step that `items` list in the order of the program; it ends with the last of computation and copies."""
+    """The step that `items` list in the order of the program; it ends with the last of computation and copies.
+
+    Events that none of them reaches are taken for earlier than the step.
+    """
     step = _Step(device)
     happen: dict[type, Callable[[Any], None]]
     happen = {Compute: step.compute, Copy: step.copy, Reached: step.reached, Wait: step.wait}
@@ -92,7 +95,7 @@ class _Step:
     def copy(self, item: Copy) -> None:
         start = self.free[item.queue]
         for event in item.after:
-            start = max(start, self.ended[event])
+            start = max(start, self.ended.get(event, 0.0))
         if not self.device.duplex and item.where != "network":
             start = max(start, self.free["inward"], self.free["outward"])
         if self.device.generation == "cpu":
@@ -113,7 +116,7 @@ class _Step:
         self.ended[item.event] = self.now
 
     def wait(self, item: Wait) -> None:
-        end = self.ended[item.event]
+        end = self.ended.get(item.event, 0.0)
         if end > self.now:
             self._stall(self.copies[item.event], end)
 

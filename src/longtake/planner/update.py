@@ -59,12 +59,19 @@ def record_update(model: MetaModel, strategy: MemoryStrategy) -> Update:
 def all_parameters(model: MetaModel) -> dict[str, nn.Parameter]:
     """The trained parameters of the whole model, in order, new and without values."""
     prefix, own = f"{model.spec.blocks}.", model.parameters
+    first = {name: own[name] for name in own if name.startswith(f"{prefix}0.")}
     found: dict[str, nn.Parameter] = {}
     for name, parameter in own.items():
-        if not name.startswith(f"{prefix}0.") and name.startswith(prefix):
-            continue
-        count = model.subject.blocks if name.startswith(prefix) else 1
-        for index in range(count):
-            key = name.replace(f"{prefix}0.", f"{prefix}{index}.", 1)
-            found[key] = nn.Parameter(torch.empty_like(parameter, device=META))
+        if not name.startswith(prefix):
+            found[name] = _like(parameter)
+        elif name in first and prefix not in "".join(found):
+            found |= {
+                name.replace(f"{prefix}0.", f"{prefix}{index}.", 1): _like(each)
+                for index in range(model.subject.blocks)
+                for name, each in first.items()
+            }
     return found
+
+
+def _like(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(torch.empty_like(parameter, device=META))
