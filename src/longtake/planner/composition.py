@@ -27,7 +27,8 @@ from longtake.planner.kernels import GRANULE, rounded
 from longtake.planner.ledger import Ledger
 from longtake.planner.log import INDEX, NOTHING, Entry, Seam, Span
 from longtake.planner.planned_copies import PlannedCopies
-from longtake.planner.recording import Recording, Segment
+from longtake.planner.recording import Part, Recording, Segment
+from longtake.planner.storages import Storages
 from longtake.planner.update import Update
 
 META = torch.device("meta")
@@ -56,27 +57,35 @@ class Composed:
 
 
 def compose(
-    recording: Recording, update: Update, strategy: MemoryStrategy, blocks: int, accumulating: bool
+    recording: Recording,
+    update: Update,
+    strategy: MemoryStrategy,
+    blocks: int,
+    accumulating: bool,
+    storages: Storages | None = None,
 ) -> Composed:
     """The step of the model of `blocks` blocks under `strategy`, whose operators are those of the recording.
 
-    When `accumulating`, gradients are there from the start.
+    When `accumulating`, gradients are there from the start. `storages` is told of every allocation.
     """
     log: list[Any] = []
-    ledger = Ledger(workspaces=False)
+    ledger = Ledger(workspaces=False, log=storages)
     copies = PlannedCopies(ledger, log)
     with ExitStack() as stack:
         keep_for = stack.enter_context(keeping(strategy, blocks, copies, _NOWHERE))
         stack.enter_context(ledger)
-        player = _Player(log, ledger, _held(recording, update, blocks, accumulating), keep_for)
-        if strategy.block_swap:
-            swapped = swapped_blocks(blocks, strategy.block_swap)
+        player = _Player(log, ledger, _held(recording, update, blocks, accumulating), keep_for, storages)
+        swapped = swapped_blocks(blocks, strategy.block_swap) if strategy.block_swap else ()
+        if storages is not None:
+            storages.hold(_sizes(recording, update, blocks - len(swapped), accumulating))
+        if swapped:
             player.ring = _ring(copies, ledger, recording.layout, strategy, swapped)
             player.add("weights", -len(swapped) * recording.block_weights)
         player.alike = 1 if recording.blocks == blocks else blocks - 2
         for segment, block in _order(recording, blocks):
             player.play(segment, block)
         micro_batch = len(log)
+        player.enter("update", 0, 0)
         player.entries(update.entries, "update", 0, 0)
     host = copies.host_bytes + update.host_bytes
     return Composed(tuple(log[:micro_batch]), tuple(log[micro_batch:]), player.peak, host, copies.disk_bytes)
@@ -89,6 +98,16 @@ def _held(recording: Recording, update: Update, blocks: int, accumulating: bool)
     if not accumulating:
         held[INDEX["gradients"]] = 0
     return held
+
+
+def _sizes(recording: Recording, update: Update, resident: int, accumulating: bool) -> Iterator[int]:
+    """Bytes of each storage that is there when a micro-batch begins."""
+    yield from recording.outside_sizes
+    for _ in range(resident):
+        yield from recording.block_sizes
+    yield from update.sizes
+    if accumulating:
+        yield from update.gradient_sizes
 
 
 def _order(recording: Recording, blocks: int) -> Iterator[tuple[Segment, int]]:
@@ -136,8 +155,15 @@ def _ring(
 class _Player:
     """Replays entries and keeps count of the device's bytes: those of operators here, those of features in `ledger`."""
 
-    def __init__(self, log: list[Any], ledger: Ledger, held: list[int], keep_for: Callable[[int], Keep]) -> None:
-        self.log, self.ledger, self.keep_for = log, ledger, keep_for
+    def __init__(
+        self,
+        log: list[Any],
+        ledger: Ledger,
+        held: list[int],
+        keep_for: Callable[[int], Keep],
+        storages: Storages | None,
+    ) -> None:
+        self.log, self.ledger, self.keep_for, self.storages = log, ledger, keep_for, storages
         self.now = held
         self.alike = 1
         """Blocks that the recorded second one stands for."""
@@ -156,7 +182,13 @@ class _Player:
     def play(self, segment: Segment, block: int) -> None:
         """A recorded block's entries, for `block`."""
         label = f"{segment.part} {block + 1}" if segment.block >= 0 else segment.part
+        self.enter(segment.part, block, segment.block)
         self.entries(segment.entries, label, block, segment.block)
+
+    def enter(self, part: Part, block: int, recorded: int) -> None:
+        """Another part of the step begins."""
+        if self.storages is not None:
+            self.storages.enter(part, block, recorded)
 
     def entries(self, entries: Sequence[Entry], label: str, block: int, recorded: int) -> None:
         """Entries recorded for the block `recorded`, for `block`."""
@@ -169,6 +201,8 @@ class _Player:
                 self.log.append(entry)
 
     def _span(self, span: Span, label: str) -> None:
+        if self.storages is not None:
+            self.storages.span(span)
         features = self.ledger.now
         held = [now + own for now, own in zip(self.now, span.peak, strict=True)]
         for kind, nbytes in features.items():
@@ -184,7 +218,7 @@ class _Player:
     def _seam(self, seam: Seam, block: int) -> None:
         place = (block, seam.slot)
         if seam.name == "keep":
-            self._keep(place, seam.nbytes)
+            self._keep(place, seam)
         elif seam.name == "take":
             self._take(place)
         elif seam.name in ("given_back_gone", "kept_gone"):
@@ -197,8 +231,10 @@ class _Player:
             elif seam.name == "acquire_for_backward":
                 self.ring.backward = True
 
-    def _keep(self, place: tuple[int, int], nbytes: int) -> None:
-        keep = self.keep_for(place[0])
+    def _keep(self, place: tuple[int, int], seam: Seam) -> None:
+        keep, nbytes = self.keep_for(place[0]), seam.nbytes
+        if self.storages is not None:
+            self.storages.keep(place, seam, keep is not keep_on_device)
         if keep is keep_on_device:
             self.staying[place], self.references[place] = nbytes, 2
             return
@@ -220,3 +256,5 @@ class _Player:
         self.references[place] -= 1
         if not self.references[place]:
             self.add("checkpoints", -rounded(self.staying.pop(place), GRANULE))
+            if self.storages is not None:
+                self.storages.gone(place)

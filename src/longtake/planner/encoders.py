@@ -67,8 +67,8 @@ def vae(variant: WanVariant) -> AutoencoderKLWan:
 def text_encoder(variant: WanVariant) -> UMT5EncoderModel:
     """UMT5 in the type that `load_text_encoder` gives it, which is that of the files.
 
-    The Wan2.1 repositories have it in fp32 (22,723,671,744 bytes in five files, in T2V-1.3B and I2V-14B-480P), those of
-    Wan2.2 in bf16 (11,361,851,208 bytes in three files, in TI2V-5B).
+    Wan2.1's are in fp32 (22,723,671,744 bytes in five files, in the repositories of T2V-1.3B and I2V-14B-480P; the
+    others' are taken to be the same), Wan2.2's in bf16 (11,361,851,208 bytes in three files, in that of TI2V-5B).
     """
     return _text_encoder(bool(variant.hub_id), variant.hub_id.startswith(_LOWER_PRECISION))
 

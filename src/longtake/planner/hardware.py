@@ -10,9 +10,9 @@ training step reaches. None of them was measured by us on a GPU; the ones fitted
   It is what torch's flash operator runs, on Hopper too.
 * Memory: what torch calls the total capacity in its out-of-memory messages, the least that people quote of a card. It
   is 0.5 to 1 GiB less than nvidia-smi's total, and less than the name says.
-* PCIe x16 from pinned memory: 24.8 GB/s each way for 4.0 (nvbandwidth on eight A100,
-  https://forums.developer.nvidia.com/t/352186) and 55.6 for 5.0 (https://github.com/NVIDIA/nvbandwidth); a tenth less
-  here for 5.0, which few hosts' memory keeps up with. Some hosts reach half of it when both directions run.
+* PCIe x16 from pinned memory: 24.8 GB/s each way for 4.0 (nvbandwidth on A100s,
+  https://forums.developer.nvidia.com/t/352186, where one direction fell to 11 GB/s when both ran: some hosts do that);
+  some 55 for 5.0 in published outputs of nvbandwidth, and a tenth less here, since not every host keeps up.
 
 Cards without bf16 (Turing and older) are not in the table: a step in fp16 needs a loss scaler and other kernels.
 """
@@ -38,12 +38,12 @@ GIB = 2**30
 TERA = 10**12
 GIGA = 10**9
 
-SUSTAINED = 0.8
-"""What a kernel of tensor cores reaches within a step, of what it reaches alone.
+POWER_LIMITED = 0.8
+"""What a kernel of tensor cores reaches in a step that runs for minutes, of what it reaches alone for moments.
 
-The one constant that is fitted to published steps of Wan 14B (`benchmarks/published.py`): 7.162 s on an H100 with
-FlashAttention-3, 21.77 s on an L40S, ~40 s on an A800. A step runs for minutes at the power limit, with shapes that
-were not chosen for their rate.
+Fitted to a published step of Wan 14B on an H100 with FlashAttention-3, 7.162 s (`benchmarks/published.py`). An A100
+seems to lose nothing: 9 s for a forward pass, 27 to 36 s for a step of the I2V-14B at 32,760 tokens on an A800
+(https://github.com/modelscope/DiffSynth-Studio/issues/658) are what its kernels' own rates add up to.
 """
 LAUNCH_SECONDS = 1e-5
 """Of the program for one kernel, which bounds a step of little work: Python, autograd, dispatcher, driver.
@@ -114,11 +114,11 @@ def recognise(name: str) -> Device | None:
     return next((DEVICES[row] for pattern, row in _SPELLINGS if re.search(pattern, words)), None)
 
 
-_GA100 = (SUSTAINED * 271 / 312, SUSTAINED * 0.73, SUSTAINED * 0.63)
-_HOPPER = (SUSTAINED * 794 / 989, SUSTAINED * 370 / 989, SUSTAINED * 322 / 989)
-_WORKSTATION = (SUSTAINED * 0.80, SUSTAINED * 0.60, SUSTAINED * 0.55)
+_GA100 = (271 / 312, 0.73, 0.63)
+_HOPPER = (POWER_LIMITED * 794 / 989, POWER_LIMITED * 370 / 989, POWER_LIMITED * 322 / 989)
+_WORKSTATION = (POWER_LIMITED * 0.80, POWER_LIMITED * 0.60, POWER_LIMITED * 0.55)
 """0.80 as Hopper's, the other two chosen for the published 21.77 s of an L40S; assumed for its like."""
-_GEFORCE = (SUSTAINED * 0.95, SUSTAINED * 0.90, SUSTAINED * 0.75)
+_GEFORCE = (POWER_LIMITED * 0.95, POWER_LIMITED * 0.90, POWER_LIMITED * 0.75)
 """Assumed, fitted to no step: their tensor cores add up in fp32 at half the rate of the same chip's in a workstation
 card, so that all else is rarely what they wait for."""
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -59,6 +59,14 @@ class Ran:
     workspaces: tuple[int, ...]
 
 
+@runtime_checkable
+class Log(Protocol):
+    """A list, or what else takes events."""
+
+    def append(self, event: Any, /) -> None:
+        """One more."""
+
+
 class Ledger(TorchDispatchMode):
     """Counts the storages of one device type that are alive, by kind, and keeps the counts at the peak.
 
@@ -73,7 +81,7 @@ class Ledger(TorchDispatchMode):
         device_type: str = "meta",
         workspaces: bool = True,
         explain_at: int | None = None,
-        log: list[Any] | None = None,
+        log: Log | None = None,
     ) -> None:
         """`explain_at`: the bytes at which `largest` is filled, the largest storage first; a former trace's peak."""
         super().__init__()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -63,13 +64,13 @@ class Fold:
         self.exact: dict[int, int] = {}
         self.kinds: dict[int, int] = {}
         self.kept: dict[int, Seam] = {}
-        self.of_second: set[int] = set()
-        self.place: int | None = None
+        self.of_each: set[int] = set()
         for event in before:
             self._learn(event)
 
-    def entries(self, log: Iterable[Any]) -> Iterator[Entry]:
+    def entries(self, log: Sequence[Any]) -> Iterator[Entry]:
         """The log's spans and seams; the free of a kept storage is the seam `kept_gone`."""
+        self.of_each = _of_each_block(log, self.last) if self.last > 0 else set()
         span = _Open()
         for event in log:
             kind = type(event)
@@ -80,11 +81,9 @@ class Fold:
                 span.ran(event)
             elif kind is Allocated:
                 self._learn(event)
-                if self.place == 1:
-                    self.of_second.add(event.storage)
                 span.change(self.kinds[event.storage], self.sizes[event.storage], event)
             elif kind is Freed and event.storage not in self.kept:
-                if (self.place is None and event.storage in self.of_second) != span.per_block:
+                if (event.storage in self.of_each) != span.per_block:
                     yield from span.closed()
                     span = _Open(not span.per_block)
                 span.change(self.kinds[event.storage], -self.sizes[event.storage], event)
@@ -127,16 +126,42 @@ class Fold:
         if isinstance(event, Seam) and event.name == "keep":
             event = Seam("keep", event.block, event.slot, self.exact[event.storage], event.storage)
             self.kept[event.storage] = event
-        if isinstance(event, Seam):
-            self._enter(event)
         return event
 
-    def _enter(self, seam: Seam) -> None:
-        """Follows which block's pass the log is in: None before the first, and after the last until backward."""
-        if seam.name in ("acquire", "acquire_for_backward"):
-            self.place = seam.block
-        elif seam.name == "release" and seam.block == self.last and self.place == self.last:
-            self.place = None
+
+def _of_each_block(log: Iterable[Any], last: int) -> set[int]:
+    """Storages of the second block's forward pass that are freed after the last one's, as are those of the first.
+
+    So each block leaves them there: autocast's casts of trained weights, which its cache holds until the forward pass
+    ends.
+    """
+    place: int | None = None
+    made: dict[int, tuple[int, int]] = {}
+    left: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
+    for event in log:
+        if isinstance(event, Seam):
+            place = _followed(event, place, last)
+        elif isinstance(event, Allocated) and place in (0, 1):
+            made[event.storage] = place, event.nbytes
+        elif isinstance(event, Freed) and place is None and event.storage in made:
+            block, nbytes = made[event.storage]
+            left[block].append((event.storage, nbytes))
+    of_first = Counter(nbytes for _, nbytes in left[0])
+    found = set()
+    for storage, nbytes in left[1]:
+        if of_first[nbytes]:
+            of_first[nbytes] -= 1
+            found.add(storage)
+    return found
+
+
+def _followed(seam: Seam, place: int | None, last: int) -> int | None:
+    """The block whose pass the log is in: None before the first, and after the last until backward."""
+    if seam.name in ("acquire", "acquire_for_backward"):
+        return seam.block
+    if seam.name == "release" and seam.block == place == last:
+        return None
+    return place
 
 
 def _place(seam: Seam) -> tuple[int, int, int]:

@@ -29,7 +29,7 @@ from longtake.planner.operators import operators_of
 from longtake.planner.step import forward_and_backward
 from longtake.training.batch import Batch
 
-Part: TypeAlias = Literal["prologue", "forward", "turn", "backward"]
+Part: TypeAlias = Literal["prologue", "forward", "turn", "backward", "update"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Recording:
     """A pass of a model of `blocks` blocks: its `segments` in order, and the frozen weights and batch held before it.
 
     `block_weights` are the bytes of the frozen weights of one block, all alike, and `layout` how they lie in a buffer.
+    `block_sizes` are the bytes of each of them, `outside_sizes` those of what else is held; not rounded.
     """
 
     blocks: int
@@ -53,6 +54,8 @@ class Recording:
     held: Counts
     block_weights: int
     layout: Layout
+    block_sizes: tuple[int, ...]
+    outside_sizes: tuple[int, ...]
 
 
 def structure_of(strategy: MemoryStrategy) -> MemoryStrategy:
@@ -81,13 +84,18 @@ def record(model: MetaModel, structure: MemoryStrategy, batch: Batch, accumulati
         stack.enter_context(_gradients(model, ledger, accumulating))
         hold(ledger, model, batch)
         before = len(log)
-        frozen, layout = _frozen_bytes(blocks[0]), Layout(blocks[0])
-        held = Counter(weights=_frozen_bytes(model.transformer), block=_bytes(batch_tensors(batch)))
+        layout, block = Layout(blocks[0]), _frozen_sizes(blocks[0])
+        inputs, own = _sizes(batch_tensors(batch)), _frozen_sizes(model.transformer)
+        held = Counter(weights=_total(own), block=_total(inputs))
         with ledger:
             forward_and_backward(model, batch)
         after = len(log)
     segments = tuple(_segments(Fold(log[:before], model.blocks).entries(log[before:after]), model.blocks))
-    return Recording(model.blocks, segments, tuple(held[kind] for kind in KINDS), frozen, layout)
+    outside = [
+        *(Counter(own) - Counter({size: count * model.blocks for size, count in Counter(block).items()})).elements()
+    ]
+    counts = tuple(held[kind] for kind in KINDS)
+    return Recording(model.blocks, segments, counts, _total(block), layout, tuple(block), (*outside, *inputs))
 
 
 def hold(ledger: Ledger, model: MetaModel, batch: Batch) -> None:
@@ -206,10 +214,14 @@ def _segments(entries: Iterator[Entry], blocks: int) -> Iterator[Segment]:
     yield Segment(part, block, tuple(own))
 
 
-def _frozen_bytes(module: nn.Module) -> int:
-    return _bytes([*(each for each in module.parameters() if not each.requires_grad), *module.buffers()])
+def _frozen_sizes(module: nn.Module) -> list[int]:
+    return _sizes([*(each for each in module.parameters() if not each.requires_grad), *module.buffers()])
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
+def _sizes(tensors: Iterable[Tensor]) -> list[int]:
+    return [inner.nbytes for tensor in tensors for inner in inner_tensors(tensor)]
+
+
+def _total(sizes: Iterable[int]) -> int:
     """Each rounded as the allocator does it."""
-    return sum(rounded(inner.nbytes, GRANULE) for tensor in tensors for inner in inner_tensors(tensor))
+    return sum(rounded(nbytes, GRANULE) for nbytes in sizes)

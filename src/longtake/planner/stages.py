@@ -1,9 +1,9 @@
 """What the stages of a run other than training and denoising need: encoding, decoding, saving.
 
-Encoders run on `meta` tensors, every storage that they make is counted, and nothing else is: no allocator, no CUDA
-context, no cuDNN workspace. Of those nothing is known beforehand but that they cannot be what a run fails of: where
-the workspace of a convolution's plan does not fit, PyTorch takes the next plan (`try_configs`,
-aten/src/ATen/native/cudnn/Conv_v8.cpp), in the end one without.
+Encoders run on `meta` tensors and every storage that they make is counted: no allocator's slack, no CUDA context, no
+workspace of cuDNN's convolutions. How large those are is cuDNN's affair; where one does not fit, PyTorch takes the next
+plan for that convolution (`try_configs`, aten/src/ATen/native/cudnn/Conv_v8.cpp), which may be slower. On the CPU
+oneDNN's take a few dozen MiB.
 """
 
 from collections.abc import Callable, Iterable
@@ -45,7 +45,7 @@ class EncoderPeak:
 
 @dataclass(frozen=True)
 class SavePeak:
-    """Bytes beyond those that a run holds between two steps."""
+    """Bytes beyond those that a run holds between two steps, each at its own peak."""
 
     device_bytes: int
     host_bytes: int
@@ -56,7 +56,7 @@ def prepare_peaks(
 ) -> tuple[StagePeak, ...]:
     """`longtake prepare`: an encoder after the other, each alone on the device; the VAE with its worst bucket.
 
-    The weights are read into host memory first.
+    On their way to a GPU the weights are in host memory.
     """
     worst, bucket = max(
         ((vae_encode_peak(variant, each, device_type), each) for each in buckets), key=lambda found: found[0].peak_bytes
@@ -67,7 +67,10 @@ def prepare_peaks(
         if found is not None
     ]
     named = [(f"{worst.name}, {_words(bucket)}", worst), *((found.name, found) for found in others)]
-    return tuple(StagePeak("prepare", what, found.peak_bytes, found.weights_bytes) for what, found in named)
+    return tuple(
+        StagePeak("prepare", what, found.peak_bytes, _on_host(found.weights_bytes, device_type))
+        for what, found in named
+    )
 
 
 def sampling_peaks(
@@ -75,9 +78,8 @@ def sampling_peaks(
 ) -> tuple[StagePeak, ...]:
     """A sample during training, all but its denoising, beside the `resident_bytes` of what training keeps.
 
-    In the order of `sampling.sample`: UMT5 alone, then the VAE, which stays to the end, and CLIP beside it; the first
-    frame's latents; after the denoising the video. Prompt embeddings and latents, which are left out, are less than
-    0.2 GiB up to 1280x720x81.
+    In the order of `sampling.sample`: UMT5 alone, then the VAE, which stays to the end, and CLIP beside it; the image's
+    latents; after the denoising the video. Left out are prompt embeddings and latents, 0.2 GiB at 1280x720x81.
     """
     _, height, width = bucket
     decoded = vae_decode_peak(variant, bucket, device_type)
@@ -91,7 +93,10 @@ def sampling_peaks(
         encoded = vae_encode_peak(variant, given, device_type)
         needs.append(("VAE, encoding the image", encoded.peak_bytes, encoded.weights_bytes))
     needs.append((f"{decoded.name}, {_words(bucket)}", decoded.peak_bytes, decoded.weights_bytes))
-    return tuple(StagePeak("sampling", what, resident_bytes + device, host) for what, device, host in needs)
+    return tuple(
+        StagePeak("sampling", what, resident_bytes + device, _on_host(weights, device_type))
+        for what, device, weights in needs
+    )
 
 
 def vae_encode_peak(variant: WanVariant, bucket: Bucket, device_type: DeviceType = "cuda") -> EncoderPeak:
@@ -128,10 +133,10 @@ def save_peak(
 ) -> SavePeak:
     """What checkpoints while training and the files at its end add; `average` is whether `training.ema` is used.
 
-    A checkpoint's files (trained values, AdamW's states, average) are written one after the other, each copied to host
-    memory as a whole; what is there already is not copied. An adapter at the end is copied to the host, serialised,
-    cut behind its header and joined to a new one: four times its bytes. A whole transformer goes there in files of at
-    most 10 GB. An average is put in the parameters' place meanwhile, and the parameters are kept on the device.
+    Trained values are fp32. A checkpoint's files (trained values, AdamW's states, average) are written one after the
+    other, each copied to host memory as a whole; what is there already is not copied. An adapter at the end is copied
+    to the host, serialised, cut behind its header and joined to another header: four times its bytes. A transformer
+    goes there file by file. An average takes the parameters' place meanwhile, and those are kept on the device.
     """
     trained = _FP32 * trained_values
     on_host = device_type == "cpu"
@@ -234,6 +239,11 @@ def _holding(model: nn.Module) -> Ledger:
     ledger = Ledger()
     ledger.hold("weights", [*model.parameters(), *model.buffers()])
     return ledger
+
+
+def _on_host(nbytes: int, device_type: DeviceType) -> int:
+    """0 on the CPU, where the device's bytes are the host's."""
+    return nbytes if device_type == "cuda" else 0
 
 
 def _words(bucket: Bucket) -> str:

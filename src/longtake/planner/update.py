@@ -12,7 +12,7 @@ from longtake.config.schema import MemoryStrategy
 from longtake.memory.optimizer_offload import OffloadedAdamW
 from longtake.planner.events import Counts
 from longtake.planner.ledger import Ledger
-from longtake.planner.log import Entry, Fold
+from longtake.planner.log import INDEX, Entry, Fold
 from longtake.planner.meta_model import META, MetaModel
 from longtake.planner.planned_copies import PlannedCopies
 from longtake.planner.step import optimizer_for, update
@@ -23,11 +23,16 @@ _FIRST_EVENT = 1_000_000
 
 @dataclass(frozen=True)
 class Update:
-    """The entries of the update; `held` are the trained parameters, their gradients and the states at its start."""
+    """The entries of the update; `held` are the trained parameters, their gradients and the states at its start.
+
+    `gradient_sizes` are the bytes of each gradient, `sizes` those of all else that is held, not rounded.
+    """
 
     entries: tuple[Entry, ...]
     held: Counts
     host_bytes: int
+    sizes: tuple[int, ...]
+    gradient_sizes: tuple[int, ...]
 
 
 def record_update(model: MetaModel, strategy: MemoryStrategy) -> Update:
@@ -53,7 +58,11 @@ def record_update(model: MetaModel, strategy: MemoryStrategy) -> Update:
             torch._foreach_lerp_(averages, [each.detach() for each in parameters.values()], 0.5)
     fold = Fold(log[:before])
     held = fold.totals()
-    return Update(tuple(fold.entries(log[before:])), held, copies.host_bytes)
+    gradients, others = (
+        tuple(nbytes for storage, nbytes in fold.exact.items() if (fold.kinds[storage] == INDEX["gradients"]) is wanted)
+        for wanted in (True, False)
+    )
+    return Update(tuple(fold.entries(log[before:])), held, copies.host_bytes, others, gradients)
 
 
 def all_parameters(model: MetaModel) -> dict[str, nn.Parameter]:

@@ -1,0 +1,337 @@
+"""Bytes that the planner says a training step takes, against what the operating system counts when it is run.
+
+    python benchmarks/plan_accuracy.py [--only NAME ...]
+
+Each case is a small Wan transformer, a batch and a memory strategy. It is planned as a large model is, from a recording
+of three blocks on `meta` tensors, and then one step (forward, loss and backward of every micro-batch, clipping, the
+optimiser) is run on the CPU in a process of its own, whose greatest resident size (VmHWM) is read. On the CPU host
+and device are one memory, so what is planned is the sum of both; what is on disk is not the process's.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+from process_memory import AT_A_TIME, CPU, ENVIRONMENT
+from torch import Tensor, nn
+
+from longtake.config.schema import LoraConfig, MemoryStrategy, TrainingConfig
+from longtake.distributed.backend import SingleDevice
+from longtake.memory.optimizer_offload import OffloadedAdamW
+from longtake.memory.strategy import apply
+from longtake.memory_gauge import MemoryGauge
+from longtake.models.wan.conditioning import Conditioning
+from longtake.models.wan.variants import variant
+from longtake.planner.composition import compose
+from longtake.planner.meta_model import Subject, build, meta_batch
+from longtake.planner.plans import Bucket
+from longtake.planner.recording import record, structure_of
+from longtake.planner.update import record_update
+from longtake.training.batch import Batch, summed_loss
+from longtake.training.optimizer import allocate_states, build_optimizer, trained_parameters
+from longtake.training.precision import compute_in
+
+HEAD_DIM = 64
+RECORDED_BLOCKS = 3
+FP32_MEDIAN, FP32_WORST, FP32_UNDER, BF16_WORST = 0.02, 0.06, 0.02, 0.12
+"""Greatest differences, relative to what was planned; FP32_UNDER is how much more than planned may be measured."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of `blocks` blocks of `heads` heads, a batch of `clips` clips, `micro_batches` of which make a step.
+
+    `tiny` names the tiny variant whose task, channels and conditioning the model has; `rank` 0 trains all weights.
+    """
+
+    tiny: str
+    heads: int
+    blocks: int
+    bucket: Bucket
+    clips: int = 1
+    micro_batches: int = 1
+    rank: int = 8
+    precision: Literal["bf16", "fp32"] = "fp32"
+    strategy: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def memory(self) -> MemoryStrategy:
+        """The strategy, checked."""
+        return MemoryStrategy(**self.strategy)
+
+    @property
+    def subject(self) -> Subject:
+        """What is planned, and what is run."""
+        found, dim = variant(self.tiny), self.heads * HEAD_DIM
+        wide: dict[str, Any] = {"num_attention_heads": self.heads, "attention_head_dim": HEAD_DIM, "ffn_dim": 4 * dim}
+        wide |= {"num_layers": self.blocks}
+        if found.transformer_config["added_kv_proj_dim"]:
+            wide |= {"added_kv_proj_dim": dim}
+        spec = replace(found.spec, heads=self.heads, head_dim=HEAD_DIM)
+        training = TrainingConfig(
+            precision=self.precision,
+            micro_batch_size=self.clips,
+            global_batch_size=self.clips * self.micro_batches,
+        )
+        return Subject(
+            replace(found, spec=spec, transformer_config=found.transformer_config | wide),
+            LoraConfig(rank=self.rank) if self.rank else None,
+            training,
+            dtype=self.precision,
+            device_type="cpu",
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Of a clip."""
+        return self.subject.spec.tokens(*self.bucket)
+
+    @property
+    def warm_up(self) -> "Case":
+        """A smaller one that calls the same kernels: at their first call libraries load code and make buffers."""
+        frames, height, width = self.bucket
+        blocks, unit = min(self.blocks, 3), self.subject.spec.size_divisor
+        half = (min(frames, 9), max(unit, height // 2 // unit * unit), width)
+        swap = {"block_swap": min(blocks, self.strategy["block_swap"])} if "block_swap" in self.strategy else {}
+        return replace(self, blocks=blocks, bucket=half, clips=min(self.clips, 2), strategy={**self.strategy, **swap})
+
+
+_T2V, _I2V, _TI2V = "tiny-t2v", "tiny-i2v", "tiny-ti2v"
+_KEEP = {"gradient_checkpointing": "block_keep_attention"}
+_NONE = {"gradient_checkpointing": "none"}
+_DISK, _HOST = {"activation_offload": "disk"}, {"activation_offload": "host"}
+_SLICED = {"slices": 4, "attention_head_groups": 2}
+_WIDE = (33, 256, 256)
+"""9 x 16 x 16 tokens a clip at stride 8; `_TALL` has 5 x 24 x 16."""
+_TALL = (17, 384, 256)
+_TI = (33, 512, 512)
+
+
+def _swap(blocks: int, place: str) -> dict[str, Any]:
+    return {"block_swap": blocks, "block_swap_from": place}
+
+
+def _cases() -> dict[str, Case]:
+    lora, full = 8, 0
+    return {
+        # LoRA, fp32
+        "t2v none": Case(_T2V, 4, 5, _TALL, 2, strategy=_NONE),
+        "t2v none, 4 clips": Case(_T2V, 4, 5, _TALL, 4, strategy=_NONE),
+        "t2v block": Case(_T2V, 6, 8, _WIDE, 3),
+        "t2v block, 4 clips, 2 micro-batches": Case(_T2V, 4, 6, _TALL, 4, 2),
+        "t2v every 2 blocks": Case(_T2V, 4, 6, _WIDE, 2, strategy={"checkpoint_every": 2}),
+        "t2v attention kept": Case(_T2V, 6, 6, _WIDE, 2, strategy=_KEEP),
+        "t2v inputs to disk": Case(_T2V, 6, 8, _WIDE, 3, strategy=_DISK),
+        "t2v inputs to host": Case(_T2V, 6, 8, _WIDE, 3, strategy=_HOST),
+        "t2v attention kept, all to disk": Case(_T2V, 4, 8, _TALL, 4, strategy=_KEEP | _DISK),
+        "t2v half of it to host": Case(_T2V, 4, 8, _TALL, 4, strategy=_KEEP | _HOST | {"activation_offload_fraction": 0.5}),
+        "t2v weights from disk": Case(_T2V, 12, 10, (17, 192, 192), 1, strategy=_DISK | _swap(10, "disk")),
+        "t2v slices": Case(_T2V, 6, 8, _WIDE, 4, strategy=_SLICED),
+        "i2v block": Case(_I2V, 6, 6, _TALL, 2),
+        "i2v weights and inputs from host": Case(_I2V, 8, 8, _TALL, 1, strategy=_HOST | _swap(6, "host")),
+        "i2v weights and inputs on disk, slices": Case(_I2V, 8, 8, _TALL, 2, strategy=_DISK | _SLICED | _swap(8, "disk")),
+        "i2v 2 micro-batches, attention kept": Case(_I2V, 4, 6, _WIDE, 2, 2, strategy=_KEEP),
+        "ti2v block": Case(_TI2V, 6, 6, _TI, 3),
+        "ti2v slices, attention kept on disk": Case(_TI2V, 6, 6, _TI, 3, strategy=_SLICED | _KEEP | _DISK),
+        # full, fp32
+        "t2v full block": Case(_T2V, 12, 8, _TALL, rank=full),
+        "t2v full none": Case(_T2V, 8, 5, _TALL, 1, rank=full, strategy=_NONE),
+        "t2v full, 8-bit states": Case(_T2V, 12, 8, _TALL, rank=full, strategy={"optimizer": "adamw8bit"}),
+        "t2v full, states in host memory": Case(_T2V, 12, 8, _TALL, rank=full, strategy={"optimizer_offload": True}),
+        "i2v full, inputs to disk, 2 micro-batches": Case(_I2V, 8, 8, _TALL, 1, 2, full, strategy=_DISK),
+        "ti2v full, slices": Case(_TI2V, 8, 10, _TI, 2, rank=full, strategy=_SLICED),
+        # bf16
+        "t2v bf16 none": Case(_T2V, 4, 5, _TALL, 4, precision="bf16", strategy=_NONE),
+        "t2v bf16 block": Case(_T2V, 6, 8, _WIDE, 4, precision="bf16"),
+        "t2v bf16 block, wide": Case(_T2V, 12, 6, _TALL, 3, precision="bf16"),
+        "t2v bf16 attention kept on disk": Case(_T2V, 6, 8, _WIDE, 4, precision="bf16", strategy=_KEEP | _DISK),
+        "i2v bf16 block, 2 micro-batches": Case(_I2V, 8, 6, _TALL, 3, 2, precision="bf16"),
+        "i2v bf16 slices, weights from disk": Case(_I2V, 12, 8, _TALL, 3, precision="bf16", strategy=_SLICED | _swap(8, "disk")),
+        "ti2v bf16 inputs to host": Case(_TI2V, 8, 8, _TI, 3, precision="bf16", strategy=_HOST),
+        "t2v bf16 full": Case(_T2V, 12, 8, _TALL, 2, rank=full, precision="bf16"),
+        "i2v bf16 full, attention kept": Case(_I2V, 8, 8, _TALL, 2, 2, full, "bf16", _KEEP),
+        "ti2v bf16 full, 8-bit states": Case(_TI2V, 12, 6, _TI, 2, rank=full, precision="bf16", strategy={"optimizer": "adamw8bit"}),
+    }
+
+
+CASES = _cases()
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Bytes of device and host, and how long it took to plan them."""
+
+    nbytes: int
+    seconds: float
+
+
+def planned(case: Case) -> Planned:
+    """From a recording of a few blocks."""
+    started = time.perf_counter()
+    subject, memory = case.subject, case.memory
+    few, accumulating = build(subject, RECORDED_BLOCKS), case.micro_batches > 1
+    recording = record(few, structure_of(memory), meta_batch(subject.spec, case.bucket, case.clips), accumulating)
+    step = compose(recording, record_update(few, memory), memory, subject.blocks, accumulating)
+    return Planned(step.peak_bytes + step.host_bytes, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes that the process grew by at its peak, and the step's seconds."""
+
+    nbytes: int
+    seconds: float
+
+
+def measured(name: str) -> Measured:
+    """VmHWM during a step of the case `name` in a new process, less its resident size before it built the model."""
+    command = [sys.executable, __file__, "--child", name]
+    child = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
+    if child.returncode:
+        raise RuntimeError(child.stderr)
+    return Measured(**json.loads(child.stdout))
+
+
+def of_this_process(case: Case) -> Measured:
+    """`measured` of this process, which must be new."""
+    _run(case.warm_up, None)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    gauge = MemoryGauge(CPU)
+    seconds = _run(case, gauge)
+    return Measured(gauge.stage_peak()[0], seconds)
+
+
+def _run(case: Case, gauge: MemoryGauge | None) -> float:
+    """A step, as `training.trainer.Trainer` does it; the peak that `gauge` tells afterwards is the step's."""
+    torch.manual_seed(0)
+    subject = case.subject
+    transformer = _with_values(subject)
+    parameters = trained_parameters(transformer)
+    optimizer = build_optimizer(parameters, subject.training, case.memory)
+    offloaded = isinstance(optimizer, OffloadedAdamW)
+    if not offloaded:
+        allocate_states(optimizer)
+    backend = SingleDevice([*parameters.values()], optimizer, CPU, fp16=False)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        closing(optimizer) if offloaded else nullcontext(),
+        apply(transformer, subject.spec, case.memory, Path(scratch)),
+    ):
+        if gauge is not None:
+            gauge.begin_stage()
+        started = time.perf_counter()
+        for _ in range(case.micro_batches):
+            batch = _batch(case)
+            with compute_in(transformer, subject.spec, subject.training.precision, CPU):
+                loss = summed_loss(transformer, subject.spec, batch) / subject.training.global_batch_size
+                backend.backward(loss)
+        assert backend.clip(subject.training.clip_norm) > 0
+        backend.step(skip=False)
+        return time.perf_counter() - started
+
+
+def _with_values(subject: Subject) -> Any:
+    """The planned model, on the CPU and with random weights."""
+    transformer = build(subject).transformer
+    for module in transformer.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                values = torch.empty_like(parameter, device=CPU).normal_(std=0.02)
+                module._parameters[name] = nn.Parameter(values, parameter.requires_grad)
+    config = transformer.config
+    transformer.rope = WanRotaryPosEmbed(HEAD_DIM, config.patch_size, config.rope_max_seq_len)
+    return transformer
+
+
+def _batch(case: Case) -> Batch:
+    """One of random values."""
+
+    def filled(tensor: Tensor | None) -> Any:
+        return None if tensor is None else torch.rand(tensor.shape, dtype=tensor.dtype)
+
+    like = meta_batch(case.subject.spec, case.bucket, case.clips)
+    conditioning = Conditioning(**{name: filled(value) for name, value in vars(like.conditioning).items()})
+    return Batch(*(filled(each) for each in (like.latents, like.noise, like.sigma, like.weights)), conditioning)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A case with what was planned and what was measured."""
+
+    name: str
+    case: Case
+    planned: Planned
+    measured: Measured
+
+    @property
+    def more(self) -> float:
+        """How much more was measured than planned, relative to that."""
+        return self.measured.nbytes / self.planned.nbytes - 1
+
+    def __str__(self) -> str:
+        case = self.case
+        size = f"{case.heads} x {HEAD_DIM}, {case.blocks} | {case.clips} x {case.tokens} x {case.micro_batches}"
+        shown = " | ".join(f"{each.nbytes / 2**20:.1f}" for each in (self.planned, self.measured))
+        return f"| {self.name} | {size} | {shown} | {1 + self.more:.3f} | {self.measured.seconds:.1f} |"
+
+
+def rows(names: Iterable[str]) -> Iterator[Row]:
+    """All is planned first, because a step beside it would make planning look slow."""
+    plans = {name: planned(CASES[name]) for name in names}
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        children = [pool.submit(measured, name) for name in plans]
+        for (name, plan), child in zip(plans.items(), children, strict=True):
+            yield Row(name, CASES[name], plan, child.result())
+
+
+def disagreements(found: Sequence[Row]) -> list[str]:
+    """What is further off than this benchmark allows."""
+    fp32 = [row for row in found if row.case.precision == "fp32"]
+    bf16 = [row for row in found if row.case.precision == "bf16"]
+    wrong = [str(row) for row in fp32 if not -FP32_WORST <= row.more <= FP32_UNDER]
+    wrong += [str(row) for row in bf16 if abs(row.more) > BF16_WORST]
+    if fp32 and (median := statistics.median(abs(row.more) for row in fp32)) > FP32_MEDIAN:
+        wrong.append(f"median of fp32: {median:.3f}")
+    return wrong
+
+
+def main() -> None:
+    """Prints the table; the exit status is 1 where plans are off."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--child", help="run this case in this process and print what was measured")
+    parser.add_argument("--only", nargs="+", default=[*CASES], choices=CASES, metavar="NAME", help="names of cases")
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(vars(of_this_process(CASES[options.child]))))
+        return
+    print("| case | heads, blocks | clips x tokens x micro-batches | planned, MiB | measured, MiB | ratio | step, s |")
+    print("|---|---|---|--:|--:|--:|--:|")
+    found = []
+    for row in rows(options.only):
+        print(row, flush=True)
+        found.append(row)
+    seconds = statistics.median(row.planned.seconds for row in found)
+    print(f"\ntorch {torch.__version__}, load {os.getloadavg()[0]:.1f}, planning a case {seconds:.2f} s (median)")
+    for wrong in disagreements(found):
+        print(f"off: {wrong}")
+    sys.exit(bool(disagreements(found)))
+
+
+if __name__ == "__main__":
+    main()
