@@ -115,11 +115,12 @@ _T2V, _I2V, _TI2V = "tiny-t2v", "tiny-i2v", "tiny-ti2v"
 _KEEP = {"gradient_checkpointing": "block_keep_attention"}
 _NONE = {"gradient_checkpointing": "none"}
 _DISK, _HOST = {"activation_offload": "disk"}, {"activation_offload": "host"}
+_HALF: dict[str, Any] = {"activation_offload_fraction": 0.5}
 _SLICED = {"slices": 4, "attention_head_groups": 2}
-_WIDE = (33, 256, 256)
-"""9 x 16 x 16 tokens a clip at stride 8; `_TALL` has 5 x 24 x 16."""
-_TALL = (17, 384, 256)
-_TI = (33, 512, 512)
+_LONG, _SHORT, _STILL = (17, 256, 256), (9, 192, 192), (1, 256, 256)
+"""1,280, 432 and 256 tokens at stride 8."""
+_TI_LONG = (17, 512, 512)
+"""1,280 at stride 16."""
 
 
 def _swap(blocks: int, place: str) -> dict[str, Any]:
@@ -127,45 +128,48 @@ def _swap(blocks: int, place: str) -> dict[str, Any]:
 
 
 def _cases() -> dict[str, Case]:
-    lora, full = 8, 0
+    full, bf16 = 0, "bf16"
+    mixed: dict[str, Any] = {"precision": "bf16"}
+    states8: dict[str, Any] = {"optimizer": "adamw8bit"}
+    states_away: dict[str, Any] = {"optimizer_offload": True}
     return {
-        # LoRA, fp32
-        "t2v none": Case(_T2V, 4, 5, _TALL, 2, strategy=_NONE),
-        "t2v none, 4 clips": Case(_T2V, 4, 5, _TALL, 4, strategy=_NONE),
-        "t2v block": Case(_T2V, 6, 8, _WIDE, 3),
-        "t2v block, 4 clips, 2 micro-batches": Case(_T2V, 4, 6, _TALL, 4, 2),
-        "t2v every 2 blocks": Case(_T2V, 4, 6, _WIDE, 2, strategy={"checkpoint_every": 2}),
-        "t2v attention kept": Case(_T2V, 6, 6, _WIDE, 2, strategy=_KEEP),
-        "t2v inputs to disk": Case(_T2V, 6, 8, _WIDE, 3, strategy=_DISK),
-        "t2v inputs to host": Case(_T2V, 6, 8, _WIDE, 3, strategy=_HOST),
-        "t2v attention kept, all to disk": Case(_T2V, 4, 8, _TALL, 4, strategy=_KEEP | _DISK),
-        "t2v half of it to host": Case(_T2V, 4, 8, _TALL, 4, strategy=_KEEP | _HOST | {"activation_offload_fraction": 0.5}),
-        "t2v weights from disk": Case(_T2V, 12, 10, (17, 192, 192), 1, strategy=_DISK | _swap(10, "disk")),
-        "t2v slices": Case(_T2V, 6, 8, _WIDE, 4, strategy=_SLICED),
-        "i2v block": Case(_I2V, 6, 6, _TALL, 2),
-        "i2v weights and inputs from host": Case(_I2V, 8, 8, _TALL, 1, strategy=_HOST | _swap(6, "host")),
-        "i2v weights and inputs on disk, slices": Case(_I2V, 8, 8, _TALL, 2, strategy=_DISK | _SLICED | _swap(8, "disk")),
-        "i2v 2 micro-batches, attention kept": Case(_I2V, 4, 6, _WIDE, 2, 2, strategy=_KEEP),
-        "ti2v block": Case(_TI2V, 6, 6, _TI, 3),
-        "ti2v slices, attention kept on disk": Case(_TI2V, 6, 6, _TI, 3, strategy=_SLICED | _KEEP | _DISK),
-        # full, fp32
-        "t2v full block": Case(_T2V, 12, 8, _TALL, rank=full),
-        "t2v full none": Case(_T2V, 8, 5, _TALL, 1, rank=full, strategy=_NONE),
-        "t2v full, 8-bit states": Case(_T2V, 12, 8, _TALL, rank=full, strategy={"optimizer": "adamw8bit"}),
-        "t2v full, states in host memory": Case(_T2V, 12, 8, _TALL, rank=full, strategy={"optimizer_offload": True}),
-        "i2v full, inputs to disk, 2 micro-batches": Case(_I2V, 8, 8, _TALL, 1, 2, full, strategy=_DISK),
-        "ti2v full, slices": Case(_TI2V, 8, 10, _TI, 2, rank=full, strategy=_SLICED),
-        # bf16
-        "t2v bf16 none": Case(_T2V, 4, 5, _TALL, 4, precision="bf16", strategy=_NONE),
-        "t2v bf16 block": Case(_T2V, 6, 8, _WIDE, 4, precision="bf16"),
-        "t2v bf16 block, wide": Case(_T2V, 12, 6, _TALL, 3, precision="bf16"),
-        "t2v bf16 attention kept on disk": Case(_T2V, 6, 8, _WIDE, 4, precision="bf16", strategy=_KEEP | _DISK),
-        "i2v bf16 block, 2 micro-batches": Case(_I2V, 8, 6, _TALL, 3, 2, precision="bf16"),
-        "i2v bf16 slices, weights from disk": Case(_I2V, 12, 8, _TALL, 3, precision="bf16", strategy=_SLICED | _swap(8, "disk")),
-        "ti2v bf16 inputs to host": Case(_TI2V, 8, 8, _TI, 3, precision="bf16", strategy=_HOST),
-        "t2v bf16 full": Case(_T2V, 12, 8, _TALL, 2, rank=full, precision="bf16"),
-        "i2v bf16 full, attention kept": Case(_I2V, 8, 8, _TALL, 2, 2, full, "bf16", _KEEP),
-        "ti2v bf16 full, 8-bit states": Case(_TI2V, 12, 6, _TI, 2, rank=full, precision="bf16", strategy={"optimizer": "adamw8bit"}),
+        "t2v, none": Case(_T2V, 4, 5, _LONG, 2, strategy=_NONE),
+        "t2v, none, larger": Case(_T2V, 6, 6, _LONG, 4, strategy=_NONE),
+        "t2v, none, short clips": Case(_T2V, 8, 4, _SHORT, 4, 2, strategy=_NONE),
+        "t2v, block": Case(_T2V, 6, 4, _LONG, 4),
+        "t2v, block, stills": Case(_T2V, 16, 5, _STILL, 1, 2),
+        "t2v, every 2 blocks": Case(_T2V, 4, 6, _LONG, 3, strategy={"checkpoint_every": 2}),
+        "t2v, attention kept": Case(_T2V, 6, 4, _LONG, 3, strategy=_KEEP),
+        "t2v, inputs to disk": Case(_T2V, 6, 4, _LONG, 4, strategy=_DISK),
+        "t2v, inputs to host": Case(_T2V, 4, 5, _LONG, 4, 2, strategy=_HOST),
+        "t2v, attention kept, all to disk": Case(_T2V, 6, 5, _LONG, 3, strategy=_KEEP | _DISK),
+        "t2v, attention kept, half to host": Case(_T2V, 4, 6, _LONG, 4, strategy=_KEEP | _HOST | _HALF),
+        "t2v, inputs and weights on disk": Case(_T2V, 16, 5, _SHORT, 2, strategy=_DISK | _swap(5, "disk")),
+        "t2v, weights on disk, some": Case(_T2V, 16, 6, _STILL, 2, strategy=_swap(4, "disk")),
+        "t2v, slices": Case(_T2V, 12, 4, _LONG, 1, strategy=_SLICED),
+        "i2v, none": Case(_I2V, 6, 4, _LONG, 3, strategy=_NONE),
+        "i2v, block": Case(_I2V, 6, 4, _LONG, 4),
+        "i2v, inputs and weights to host": Case(_I2V, 12, 5, _SHORT, 3, strategy=_HOST | _swap(4, "host")),
+        "i2v, slices, all on disk": Case(_I2V, 16, 4, _SHORT, 3, strategy=_DISK | _SLICED | _swap(4, "disk")),
+        "ti2v, block": Case(_TI2V, 6, 4, _TI_LONG, 4),
+        "ti2v, attention kept, slices, disk": Case(_TI2V, 12, 4, _TI_LONG, 1, strategy=_SLICED | _KEEP | _DISK),
+        "t2v full, block": Case(_T2V, 12, 6, _SHORT, 1, rank=full),
+        "t2v full, none": Case(_T2V, 8, 5, _SHORT, 4, rank=full, strategy=_NONE),
+        "t2v full, block, larger": Case(_T2V, 24, 5, _STILL, 1, rank=full),
+        "t2v full, 8-bit states": Case(_T2V, 16, 5, _STILL, 1, 2, full, strategy=states8),
+        "t2v full, states in host memory": Case(_T2V, 16, 5, _STILL, 2, rank=full, strategy=states_away),
+        "i2v full, inputs to disk": Case(_I2V, 12, 5, _SHORT, 1, 2, full, strategy=_DISK),
+        "ti2v full, slices": Case(_TI2V, 12, 5, (9, 384, 384), 2, rank=full, strategy=_SLICED),
+        "t2v bf16, none": Case(_T2V, 6, 5, _LONG, 3, **mixed, strategy=_NONE),
+        "t2v bf16, block": Case(_T2V, 8, 4, _LONG, 4, **mixed),
+        "t2v bf16, block, 16 heads": Case(_T2V, 16, 4, _SHORT, 3, 2, **mixed),
+        "t2v bf16, attention kept, disk": Case(_T2V, 8, 4, _LONG, 4, **mixed, strategy=_KEEP | _DISK),
+        "i2v bf16, block": Case(_I2V, 8, 4, _LONG, 4, **mixed),
+        "i2v bf16, slices, weights on disk": Case(_I2V, 16, 4, _LONG, 2, **mixed, strategy=_SLICED | _swap(4, "disk")),
+        "ti2v bf16, inputs to host": Case(_TI2V, 8, 4, _TI_LONG, 4, **mixed, strategy=_HOST),
+        "t2v bf16 full": Case(_T2V, 12, 6, _SHORT, 2, rank=full, precision=bf16),
+        "i2v bf16 full, attention kept": Case(_I2V, 12, 5, _SHORT, 2, 2, full, bf16, _KEEP),
+        "ti2v bf16 full, 8-bit states": Case(_TI2V, 16, 5, (9, 384, 384), 1, rank=full, **mixed, strategy=states8),
     }
 
 
@@ -181,10 +185,11 @@ class Planned:
 
 
 def planned(case: Case) -> Planned:
-    """From a recording of a few blocks."""
+    """From a recording of three blocks, or of all where segments of several are checkpointed, as the planner does it."""
     started = time.perf_counter()
     subject, memory = case.subject, case.memory
-    few, accumulating = build(subject, RECORDED_BLOCKS), case.micro_batches > 1
+    few = build(subject, RECORDED_BLOCKS if memory.checkpoint_every == 1 else None)
+    accumulating = case.micro_batches > 1
     recording = record(few, structure_of(memory), meta_batch(subject.spec, case.bucket, case.clips), accumulating)
     step = compose(recording, record_update(few, memory), memory, subject.blocks, accumulating)
     return Planned(step.peak_bytes + step.host_bytes, time.perf_counter() - started)

@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from longtake.progress import Advance
+from longtake.progress import Advance, TimeLeft
 from runs import Recorder
 
 MESSAGE = (
@@ -53,7 +53,9 @@ class FailingAllocator(Recorder):
         self.attempted: list[StorageWeakRef] = []
         self.survivors = 0
 
-    def bar(self, title: str, total: int, unit: str, done: int = 0) -> AbstractContextManager[Advance]:
+    def bar(
+        self, title: str, total: int, unit: str, done: int = 0, left: TimeLeft = lambda _done: None
+    ) -> AbstractContextManager[Advance]:
         """Follows the steps."""
         return self._following(done)
 

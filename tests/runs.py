@@ -17,7 +17,7 @@ from longtake.data.cache import Manifest
 from longtake.data.encode import prepare
 from longtake.models.spec import ModelSpec
 from longtake.models.wan.variants import variant
-from longtake.progress import Reporter
+from longtake.progress import Reporter, TimeLeft
 from longtake.training.metrics import FILE, read_metrics
 from longtake.training.run import train
 
@@ -88,7 +88,7 @@ class Stopper(Recorder):
         self.step = step
 
     def bar(
-        self, title: str, total: int, unit: str, done: int = 0
+        self, title: str, total: int, unit: str, done: int = 0, left: TimeLeft = lambda _done: None
     ) -> AbstractContextManager[Callable[[int, str], None]]:
         """A bar that stops the run."""
         return _stopping(self.step)

@@ -1,7 +1,9 @@
-"""Bytes in use and their peak, on the device and on the host: by torch, by the driver, by the process."""
+"""Bytes in use and their peak, by torch, by the driver, by the process; and allocators that keep little beside."""
 
 import contextlib
+import ctypes
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +14,13 @@ import pynvml
 import torch
 
 from longtake.units import format_bytes
+
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Where the user says how torch's CUDA allocator is to work: the name since torch 2.9, and the older one."""
+MAPPED_BYTES = 2**16
+"""Allocations from this size on are mapped one by one where freed memory has to leave the process."""
+M_MMAP_THRESHOLD = -3
+"""Of glibc's malloc.h."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,31 @@ class MemoryGauge:
         """Ends the sampling of the driver."""
         if self.driver is not None:
             self.driver.close()
+
+
+def expand_segments(device: torch.device) -> None:
+    """Lets torch's CUDA allocator grow its segments, so that reserved bytes stay near allocated ones.
+
+    Only on Linux, and where the environment says nothing. The setter works at any time; the variable would have to be
+    set before the allocator's first use, which the caller of a run may have made (c10/cuda/CUDAAllocatorConfig.h reads
+    it there, once). It has no public name: torch/cuda/memory.py gives this one in place of `_set_allocator_settings`.
+    """
+    said = any(os.environ.get(name) for name in ALLOCATOR_VARIABLES)
+    if device.type == "cuda" and sys.platform == "linux" and torch.version.hip is None and not said:
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
+def return_freed_memory() -> None:
+    """Has glibc give the memory of freed tensors back to the system, so that the process's peak is what tensors hold.
+
+    By itself malloc raises the size from which on it maps, up to 32 MiB, and keeps what is smaller (mallopt(3)).
+    Nothing where the C library is another, or where MALLOC_MMAP_THRESHOLD_ says how it should be.
+    """
+    if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return
+    with contextlib.suppress(OSError, ValueError):  # musl has no such name, and no use for the setting
+        if os.confstr("CS_GNU_LIBC_VERSION"):
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 class _Driver:

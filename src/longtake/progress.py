@@ -13,6 +13,9 @@ from longtake.units import format_seconds
 Advance = Callable[[int, str], None]
 """Takes how many units are done in all and what to say beside the bar."""
 
+TimeLeft = Callable[[int], float | None]
+"""The seconds that are left when so many units are done in all; None where that is not known."""
+
 PLAIN_SECONDS = 5.0
 """Least time between two lines of one bar where the output is no terminal."""
 
@@ -28,18 +31,21 @@ class Reporter:
         self.console.print(text, markup=False)
 
     @contextmanager
-    def bar(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
+    def bar(
+        self, title: str, total: int, unit: str, done: int = 0, left: TimeLeft = lambda _done: None
+    ) -> Iterator[Advance]:
         """Yields the function to call as work is done; it shows rate and the time left beside its text.
 
-        `done` units were there before (a resumed run): they count in the bar and not in the rate.
+        `done` units were there before (a resumed run): they count in the bar and not in the rate. `left` may know
+        better than the rate how long the rest takes, and before the first unit is done.
         """
-        pace = Pace(total, done, unit)
+        pace = Pace(total, done, unit, left)
         if not self.console.is_terminal:
             yield self._plain(title, pace)
             return
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
         with Progress(*columns, console=self.console) as progress:
-            task = progress.add_task(title, total=total, completed=done, text="")
+            task = progress.add_task(title, total=total, completed=done, text=pace.at(done))
 
             def advance(count: int, text: str) -> None:
                 progress.update(task, completed=count, text=f"{pace.at(count)}  {text}")
@@ -48,6 +54,8 @@ class Reporter:
 
     def _plain(self, title: str, pace: "Pace") -> Advance:
         last = time.monotonic()
+        if pace.left(pace.before) is not None:
+            self.line(f"{title}  {pace.at(pace.before)}")
 
         def advance(count: int, text: str) -> None:
             nonlocal last
@@ -60,21 +68,26 @@ class Reporter:
 
 
 class Pace:
-    """Rate and remaining time of `total` units, of which `before` were done before the clock started."""
+    """Rate and remaining time of `total` units, of which `before` were done before the clock started.
 
-    def __init__(self, total: int, before: int, unit: str) -> None:
+    The remaining time is what `left` says, or else goes by the rate.
+    """
+
+    def __init__(self, total: int, before: int, unit: str, left: TimeLeft = lambda _done: None) -> None:
         self.total = total
         self.before = before
         self.unit = unit
+        self.left = left
         self.started = time.monotonic()
 
     def at(self, count: int) -> str:
         """`12/50  1.3 clips/s  ETA 0:29`."""
         seconds = time.monotonic() - self.started
         new = count - self.before
+        left = self.left(count)
         if new <= 0 or seconds <= 0:
-            return f"{count}/{self.total}"
+            return f"{count}/{self.total}" + ("" if left is None else f"  ETA {format_seconds(left)}")
         rate = new / seconds
-        left = format_seconds((self.total - count) / rate)
+        left = (self.total - count) / rate if left is None else left
         shown = f"{rate:.2f} {self.unit}/s" if rate >= 1 else f"{1 / rate:.2f} s/{self.unit.rstrip('s')}"
-        return f"{count}/{self.total}  {shown}  ETA {left}"
+        return f"{count}/{self.total}  {shown}  ETA {format_seconds(left)}"

@@ -49,6 +49,10 @@ def test_a_stretch_of_operators_takes_at_least_their_launches() -> None:
     assert seconds_of(NO_WORK, ROUND) == 0
 
 
+def test_on_a_cpu_calls_cost_time_beside_their_work() -> None:
+    assert seconds_of(Work(matmul_flops=TERA, calls=10_000), CPU) == pytest.approx(1.01)
+
+
 def test_a_step_of_nothing_takes_no_time() -> None:
     assert simulate([], ROUND) == Timeline(0.0, 0.0, "compute", (), ())
 

@@ -133,6 +133,13 @@ def test_every_chart_has_its_lines(run: Path) -> None:
     assert "step 20\nplanned 4 GiB\nhost peak 1 GiB\ndevice peak 3 GiB" in html
 
 
+def test_planned_seconds_stand_beside_the_measured_ones(run: Path) -> None:
+    write_lines(run, [step_line(step, planned_step_seconds=1.5, eta_seconds=2.0) for step in range(1, 4)])
+    html = write_report(run).read_text(encoding="utf-8")
+    assert "2 s a step, planned 1.5 s" in Page(html).text
+    assert "step 3\nplanned 1.5 s\nstep 2 s" in html
+
+
 def test_samples_are_embedded_by_step_newest_first(run: Path) -> None:
     add_sample(run, 10, 0, "a rabbit")
     add_sample(run, 20, 0, "a bird", b"later")

@@ -1,6 +1,5 @@
 """`prepare`: clips and captions to cached conditioning, one encoder in memory at a time, resumable."""
 
-import gc
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -47,9 +46,13 @@ def component_root(root: Path | None, name: str) -> Path:
 
 
 def encoder_fingerprints(root: Path, spec: ModelSpec) -> dict[str, str]:
-    """Identity of each encoder that the task uses."""
+    """Identity of each encoder that the task uses: its files', and the type it computes in where that is another."""
     names = ["vae", "text_encoder", "tokenizer", *(["image_encoder", "image_processor"] if spec.image_tokens else [])]
-    return {name: encoders.fingerprint(root / name)[:16] for name in names}
+    prints = {name: encoders.fingerprint(root / name)[:16] for name in names}
+    stored, computing = encoders.text_encoder_types(root)
+    if computing != stored:
+        prints["text_encoder"] += f" in {str(computing).removeprefix('torch.')}"
+    return prints
 
 
 def load_manifest(config: RunConfig, spec: ModelSpec, root: Path, say: Callable[[str], None]) -> Manifest:
@@ -82,7 +85,7 @@ def prepare(
             if mine:
                 with gauge.stage(title, reporter.line):
                     _make(cache, title, load(), mine, reporter, len(work[ranks[0] :: ranks[1]]))
-                    _release()
+                    encoders.release()
             else:
                 reporter.line(f"{title}: all {len(work)} cached")
             failed |= _rejected(cache, work)
@@ -224,12 +227,6 @@ def _make(cache: Cache, title: str, encoder: Any, work: list[Work], reporter: Re
                 cache.reject(item.kind, item.key, problem)
                 reporter.line(f"left out: {problem}")
             advance(done, "")
-
-
-def _release() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _content_hashes(paths: set[Path], folder: Path) -> dict[Path, str]:

@@ -27,7 +27,7 @@ def trace(model: MetaModel, strategy: MemoryStrategy, batch: Batch, micro_batche
     """`micro_batches` passes of `batch` and the update. `micro_batch` of the result has the items of all passes."""
     subject = model.subject
     log: list[Any] = []
-    ledger = Ledger(workspaces=subject.device_type == "cuda", log=log)
+    ledger = Ledger(log=log)
     copies = PlannedCopies(ledger, log)
     parameters = model.parameters
     with ExitStack() as stack:

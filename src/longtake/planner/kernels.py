@@ -1,8 +1,10 @@
 """Runs operators on `meta` tensors, and tells what they cost on the device they stand for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from typing import Any, TypeAlias
 
 import torch
@@ -22,6 +24,7 @@ _ATTENTION_BACKWARD = (
     _ATEN._scaled_dot_product_flash_attention_backward,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward,
 )
+_device_type: ContextVar[str] = ContextVar("the device whose kernels are meant", default="cuda")
 _ALLOCATING = (_ATEN.empty, _ATEN.empty_like, _ATEN.empty_strided, _ATEN.new_empty, _ATEN.new_empty_strided)
 Result: TypeAlias = Any
 """What an operator returns."""
@@ -38,22 +41,80 @@ class Ran:
     made: Sequence[Tensor]
 
 
-def workspaces(func: Any, args: Sequence[Any]) -> tuple[int, ...]:
-    """Bytes that a kernel allocates for itself, unseen by any dispatch mode: those of attention's backward pass.
+@contextmanager
+def kernels_of(device_type: str) -> Iterator[None]:
+    """Inside the context `workspaces` are those of the kernels of `device_type`; else CUDA's."""
+    outer = _device_type.set(device_type)
+    try:
+        yield
+    finally:
+        _device_type.reset(outer)
 
-    FlashAttention-2's has fp32 sums of dq and of each row's softmax gradient, for tokens rounded up to 128 and a head
-    rounded up to 32 values (PyTorch, aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, `mha_bwd`), and
-    the output and its gradient must be contiguous as [batch, tokens, heads, head_dim], or are copied
-    (cuda/attention_backward.cu, `_flash_attention_backward`).
+
+def workspaces(func: Any, args: Sequence[Any]) -> tuple[int, ...]:
+    """Bytes that a kernel allocates for itself, unseen by any dispatch mode."""
+    if _device_type.get() == "cpu":
+        return _workspaces_on_cpu(func, args)
+    return _of_flash_backward(args) if func is FLASH_BACKWARD else ()
+
+
+def _of_flash_backward(args: Sequence[Any]) -> tuple[int, ...]:
+    """FlashAttention-2's fp32 sums of dq and of each row's softmax gradient.
+
+    They are for tokens rounded up to 128 and a head rounded up to 32 values (PyTorch,
+    aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, `mha_bwd`), and the output and its gradient must be
+    contiguous as [batch, tokens, heads, head_dim], or are copied (cuda/attention_backward.cu,
+    `_flash_attention_backward`).
     """
-    if func is not FLASH_BACKWARD:
-        return ()
     gradient, query, _, _, out = args[:5]
     batch, heads, tokens, head_dim = query.shape
     rows = batch * heads * rounded(tokens, 128)
     sums = [4 * rows * rounded(head_dim, 32 if head_dim <= 128 else 64), 4 * rows]
     copies = [tensor.nbytes for tensor in (gradient, out) if not tensor.transpose(1, 2).is_contiguous()]
     return (*sums, *copies)
+
+
+def _workspaces_on_cpu(func: Any, args: Sequence[Any]) -> tuple[int, ...]:
+    """What grows with the operands, as on a CPU with AMX; in fp32 there is nothing."""
+    packet = func._overloadpacket
+    if packet is _ATEN._scaled_dot_product_flash_attention_for_cpu:
+        return _packed(*args[:3])
+    if packet in (_ATEN.mm, _ATEN.addmm):
+        return _accumulator(*args[-2:])
+    return _promoted(args) if torch.Tag.pointwise in func.tags else ()
+
+
+def _packed(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
+    """Keys and values in half precision, in the order of the matrix unit.
+
+    aten/src/ATen/native/cpu/FlashAttentionKernel.cpp, `cpu_flash_attention`, `key_reorder` and `value_reorder`.
+    """
+    packs = key.dtype != torch.float32 and min(query.shape[2], key.shape[2]) >= 64
+    return (key.nbytes, value.nbytes) if packs else ()
+
+
+def _accumulator(rows: Tensor, columns: Tensor) -> tuple[int, ...]:
+    """oneDNN's fp32 sums of a product in half precision that it goes through in several parts of the long inner side.
+
+    `is_buffer_c_required`, src/cpu/x64/matmul/brgemm_matmul_utils.cpp. Where it cuts depends on the cache; measured
+    with 2 MiB of L2 a core: from an inner side of 2,000 on, over 256 columns, 512 of them at a time.
+    """
+    (outer, inner), many = rows.shape, columns.shape[1]
+    cut = inner >= 2000 and many > 256 and rows.is_contiguous()
+    return (4 * outer * min(many, 512),) if cut and rows.dtype != torch.float32 else ()
+
+
+def _promoted(args: Sequence[Any]) -> tuple[int, ...]:
+    """Operands that are cast to the common type first, which on CUDA the kernel does as it reads them.
+
+    aten/src/ATen/TensorIterator.cpp, `compute_types`, where `common_device` is the CPU.
+    """
+    operands = [each for each in args if isinstance(each, Tensor) and each.ndim]
+    types = {each.dtype for each in operands}
+    if len(types) < 2:
+        return ()
+    common = reduce(torch.promote_types, types)
+    return tuple(each.numel() * common.itemsize for each in operands if each.dtype != common)
 
 
 def rounded(value: int, unit: int) -> int:

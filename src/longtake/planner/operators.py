@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function
 
 from longtake.memory.attention import meta_stands_for
+from longtake.planner.kernels import kernels_of
 
 DeviceType: TypeAlias = Literal["cuda", "cpu"]
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention
@@ -80,6 +81,7 @@ def operators_of(
         replaced.enter_context(patch.object(functional, "scaled_dot_product_attention", own_attention))
         replaced.enter_context(patch.object(torch, "clear_autocast_cache", cast.forget))
         replaced.enter_context(meta_stands_for(device_type))
+        replaced.enter_context(kernels_of(device_type))
         yield
 
 

@@ -70,7 +70,7 @@ def record(model: MetaModel, structure: MemoryStrategy, batch: Batch, accumulati
     Nothing is moved; the seams at which a strategy would move something are in the recording.
     """
     log: list[Any] = []
-    ledger = Ledger(workspaces=model.subject.device_type == "cuda", log=log)
+    ledger = Ledger(log=log)
     seams = _Seams(ledger, log)
     blocks = getattr(model.transformer, model.spec.blocks)
     with ExitStack() as stack:

@@ -4,7 +4,7 @@ The model is a schedule without choices: the computation runs in its order, the 
 wait for events alone. So no time falls when a cost rises or a copy is added. What it says of the parts:
 
 * Kernels run one after another; each kind of work goes at the rate that the device reaches for it, and a stretch of
-  them takes at least the program's time for its calls.
+  them takes at least the program's time for its calls. On a CPU, where the program does the work, that time adds up.
 * A copy from or to a disk passes the bus as well and goes at the slower one's rate. Reading and writing do not slow
   each other down, and no copy slows a GPU's computation: it has engines for them.
 * Where a device cannot copy both ways at once, all copies share the bus in the order of the program.
@@ -26,7 +26,7 @@ LINKS = {"host": "bus", "disk": "disk", "network": "network"}
 
 
 def seconds_of(work: Work, device: Device) -> float:
-    """How long operators take: the sum over the kinds of work, but at least a launch for each call."""
+    """How long operators take: the sum over the kinds of work, and at least a launch for each call."""
     return sum(_cost(work, device))
 
 
@@ -60,6 +60,8 @@ def _cost(work: Work, device: Device) -> _Cost:
     )
     moving = work.moved_bytes / (device.memory_bytes_per_second * device.bandwidth_efficiency)
     launching = work.calls * device.launch_seconds
+    if device.generation == "cpu":
+        return _Cost(computing, moving, launching)
     return _Cost(computing, moving, 0.0) if launching <= computing + moving else _Cost(0.0, 0.0, launching)
 
 

@@ -93,7 +93,7 @@ class StrategyInForce:
 
     def difference(self) -> dict[str, Any]:
         """The fields of [memory] in which the strategy in force is not the configured one."""
-        before, now = _fields(self.configured), _fields(self.current)
+        before, now = settings(self.configured), settings(self.current)
         return {field: value for field, value in now.items() if before[field] != value}
 
     def _fall_back(self, moment: str, failure: "OutOfMemory") -> None:
@@ -161,11 +161,16 @@ class OutOfMemory:
 ELSEWHERE = OutOfMemory("another rank ran out of device memory")
 
 
+def settings(strategy: MemoryStrategy) -> dict[str, Any]:
+    """The fields of [memory] that say what is applied: all but the budget and the fallbacks."""
+    return strategy.model_dump(exclude={"budget", "fallbacks"})
+
+
 def in_words(strategy: MemoryStrategy) -> str:
     """The fields of [memory] that differ from their defaults, and always `gradient_checkpointing`."""
     told = {
         name: value
-        for name, value in _fields(strategy).items()
+        for name, value in settings(strategy).items()
         if name == "gradient_checkpointing" or value != MemoryStrategy.model_fields[name].default
     }
     return ", ".join(f"{name} = {_toml(value)}" for name, value in told.items())
@@ -197,10 +202,6 @@ def _release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _fields(strategy: MemoryStrategy) -> dict[str, Any]:
-    return strategy.model_dump(exclude={"budget", "fallbacks"})
 
 
 def _toml(value: Any) -> str:

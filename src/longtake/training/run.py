@@ -16,10 +16,11 @@ from longtake.data.loader import BucketSampler, EntryReader
 from longtake.data.split import split
 from longtake.distributed.backend import SingleDevice, local_device, world
 from longtake.errors import ConfigError, Problem
+from longtake.files import write_json
 from longtake.lora import adapter_state, save_adapter
 from longtake.memory.accounting import Workload
 from longtake.memory.optimizer_offload import OffloadedAdamW
-from longtake.memory_gauge import MemoryGauge
+from longtake.memory_gauge import MemoryGauge, expand_segments, return_freed_memory
 from longtake.models.wan.weights import ModelFiles, save_transformer
 from longtake.progress import Reporter
 from longtake.training.checkpoint import Checkpoint, load_newest
@@ -28,6 +29,8 @@ from longtake.training.interrupt import stop_request
 from longtake.training.metrics import Metrics
 from longtake.training.model import TrainedModel, build_model, choose_expert, find_model
 from longtake.training.optimizer import MovingAverage, allocate_states, build_optimizer
+from longtake.training.planned import FILE as PLAN
+from longtake.training.planned import Forecast, Planned
 from longtake.training.precision import DTYPES
 from longtake.training.run_folder import check_run, open_run, record_config
 from longtake.training.trainer import Parts, Trainer, largest_micro_batch
@@ -37,15 +40,18 @@ from longtake.units import format_bytes, parse_bytes
 ADAPTER = "adapter.safetensors"
 
 
-def train(config: RunConfig, resume: bool, reporter: Reporter) -> Path:
+def train(config: RunConfig, resume: bool, reporter: Reporter, planned: Planned | None = None) -> Path:
     """Runs or continues the run of `config` and returns its folder.
 
-    Raises ConfigError, ModelError, DataError and CacheError before anything is written, RunError afterwards.
+    `planned` is what is expected of `config.memory` and its fallbacks; it decides nothing. Raises ConfigError,
+    ModelError, DataError and CacheError before anything is written, RunError afterwards.
     """
+    assert planned is None or planned.under(config.memory) is planned.strategies[0]
     _, ranks = world()
     check(config, ranks)
     check_run(config, resume, lambda _text: None)  # before anything slow; said when the run is opened
     device = local_device()
+    expand_segments(device)
     model_files = find_model(config, reporter.line)
     spec = model_files.variant.spec
     choose_expert(config, spec)
@@ -59,7 +65,7 @@ def train(config: RunConfig, resume: bool, reporter: Reporter) -> Path:
     held = [entry for entry in held if stages[-1][1] in entry.stages]
     validation = Validation(config, held, reader, root, device)
     with open_run(config, resume, reporter.line) as run, stop_request() as stop, closing(MemoryGauge(device)) as gauge:
-        _budget(config, gauge, device, reporter)
+        _budget(config, gauge, device, reporter, planned)
         model = build_model(config, model_files, device)
         validation.requests(model)
         checkpoint = load_newest(run, reporter.line) if resume else None
@@ -67,9 +73,14 @@ def train(config: RunConfig, resume: bool, reporter: Reporter) -> Path:
         strategy = _strategy(config, run, model, sampler, first_step, reporter)
         strategy.check()
         reporter.line(f"memory: {in_words(config.memory)}")
+        if planned is not None:
+            reporter.line(f"planned: {planned.described()}")
+        forecast = Forecast(planned, sampler, config.training.steps)
         with _brief(run), strategy, _optimizer(config, model) as optimizer:
             record_config(config, run)  # what could refuse to begin has not
-            parts = _parts(config, strategy, optimizer, sampler, validation, gauge, reporter, checkpoint)
+            if planned is not None:
+                write_json(run / PLAN, planned.report)
+            parts = _parts(config, strategy, optimizer, forecast, validation, gauge, reporter, checkpoint)
             try:
                 trainer = Trainer(parts, stop)
                 if checkpoint is not None:
@@ -110,8 +121,10 @@ def adapter_metadata(config: RunConfig, model_files: ModelFiles) -> dict[str, st
     }
 
 
-def _budget(config: RunConfig, gauge: MemoryGauge, device: torch.device, reporter: Reporter) -> None:
-    """Says what may be used; CUDA's allocator is held to a budget that is given."""
+def _budget(
+    config: RunConfig, gauge: MemoryGauge, device: torch.device, reporter: Reporter, planned: Planned | None
+) -> None:
+    """Says what may be used; with a budget given CUDA's allocator is held to it, and a CPU's keeps nothing freed."""
     reporter.line(gauge.device_line())
     free = gauge.free_bytes()
     wanted = free if config.memory.budget == "auto" else parse_bytes(config.memory.budget, "memory.budget")
@@ -122,10 +135,18 @@ def _budget(config: RunConfig, gauge: MemoryGauge, device: torch.device, reporte
     if config.memory.budget != "auto" and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(wanted / total, device)
-    held = config.memory.budget == "auto" or device.type == "cuda"
-    reporter.line(f"budget: {format_bytes(wanted)}{'' if held else ' (a CPU run is not held to it)'}")
+    elif config.memory.budget != "auto":
+        return_freed_memory()
+    reporter.line(f"budget: {format_bytes(wanted)}{_not_held(config, device, wanted, planned)}")
     if device.type == "cuda" and torch.cuda.device_count() > 1:
         reporter.line(f"{torch.cuda.device_count()} GPUs are visible and this version uses one of them")
+
+
+def _not_held(config: RunConfig, device: torch.device, budget: int, planned: Planned | None) -> str:
+    if config.memory.budget == "auto" or device.type == "cuda":
+        return ""
+    below = planned is not None and planned.strategies[0].device_peak_bytes <= budget
+    return f" (a CPU run is not held to it{', but planned to stay below it' if below else ''})"
 
 
 def _strategy(
@@ -143,7 +164,7 @@ def _parts(
     config: RunConfig,
     strategy: StrategyInForce,
     optimizer: torch.optim.Optimizer,
-    sampler: BucketSampler,
+    forecast: Forecast,
     validation: Validation,
     gauge: MemoryGauge,
     reporter: Reporter,
@@ -158,13 +179,14 @@ def _parts(
         optimizer=optimizer,
         backend=SingleDevice([*model.parameters.values()], optimizer, device, training.precision == "fp16"),
         average=MovingAverage(model.parameters, training.ema) if training.ema else None,
-        sampler=sampler,
+        sampler=forecast.sampler,
         reader=validation.reader,
         validation=validation,
         metrics=Metrics(
             strategy.run, checkpoint.step if checkpoint else None, config.output.wandb, config.model_dump()
         ),
         gauge=gauge,
+        forecast=forecast,
         device=device,
         reporter=reporter,
     )

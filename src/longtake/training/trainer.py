@@ -24,6 +24,7 @@ from longtake.training.interrupt import StopRequest
 from longtake.training.metrics import Metrics
 from longtake.training.model import TrainedModel
 from longtake.training.optimizer import MovingAverage, learning_rate, load_optimizer_tensors, optimizer_tensors
+from longtake.training.planned import Forecast
 from longtake.training.precision import compute_in
 from longtake.training.validation import Validation
 from longtake.units import format_bytes
@@ -48,6 +49,7 @@ class Parts:
     validation: Validation
     metrics: Metrics
     gauge: MemoryGauge
+    forecast: Forecast
     device: torch.device
     reporter: Reporter
 
@@ -89,7 +91,8 @@ class Trainer:
             self._rehearse(first_step)
         if self._to_look(first_step) and not parts.metrics.has_validation(first_step):
             self._validate(first_step)  # or a run that ended between a checkpoint and its validation would lack it
-        with parts.reporter.bar("training", training.steps, "steps", first_step) as advance:
+        parts.forecast.begin(parts.strategy.current)
+        with parts.reporter.bar("training", training.steps, "steps", first_step, parts.forecast.left) as advance:
             for step, samples in loader.steps(first_step):
                 self._show(self._step(step, samples), advance)
                 done, stopped = step + 1, self.stop.signal  # read once: a signal may come at any line
@@ -156,22 +159,22 @@ class Trainer:
         except torch.OutOfMemoryError as error:
             raise self._lost_update(step, error) from error
         seconds = time.perf_counter() - started
-        frames, height, width = samples[0].visit.entry.bucket
-        tokens = len(samples) * parts.model.spec.tokens(frames, height, width)
+        bucket = samples[0].visit.entry.bucket
+        parts.forecast.add(bucket, seconds, parts.strategy.current, whole=not retries)
         memory = parts.gauge.read()
         line: dict[str, Any] = {
             "loss": loss,
             "learning_rate": rate,
             "grad_norm": norm,
             "step_seconds": seconds,
-            "tokens_per_second": tokens / seconds,
+            "tokens_per_second": len(samples) * parts.model.spec.tokens(*bucket) / seconds,
             "device_peak_bytes": memory.device_peak_bytes,
             "host_peak_bytes": memory.host_peak_bytes,
-            "planned_peak_bytes": None,
+            **parts.forecast.fields(step + 1, bucket),
             "device_bytes": memory.device_bytes,
             "host_bytes": memory.host_bytes,
             "driver_peak_bytes": memory.driver_peak_bytes,
-            "num_frames": frames,
+            "num_frames": bucket[0],
             **parts.backend.state(),
         }
         if difference := parts.strategy.difference():
@@ -263,11 +266,13 @@ class Trainer:
 
     def _show(self, line: dict[str, Any], advance: Advance) -> None:
         loss = "skipped" if line["loss"] is None else f"{line['loss']:.4f}"
-        memory = "  ".join(
-            f"{tier} {format_bytes(line[f'{tier}_bytes'])} (peak {format_bytes(line[f'{tier}_peak_bytes'])})"
-            for tier in ("device", "host")
-        )
+        device, host, planned = (line[f"{what}_peak_bytes"] for what in ("device", "host", "planned"))
+        beside = "" if planned is None else f", planned {format_bytes(planned)}"
+        memory = f"device {format_bytes(line['device_bytes'])} (peak {format_bytes(device)}{beside})"
+        memory += f"  host {format_bytes(line['host_bytes'])} (peak {format_bytes(host)})"
         advance(line["step"], f"loss {loss}  {line['tokens_per_second']:.0f} tokens/s  {memory}")
+        if comparison := self.parts.forecast.comparison(device):
+            self.parts.reporter.line(f"after step {line['step']}: {comparison}")
 
 
 def largest_micro_batch(sampler: BucketSampler, spec: ModelSpec, size: int, first_step: int) -> list[Visit]:

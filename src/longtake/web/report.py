@@ -71,7 +71,9 @@ def _summary(run: RunFolder) -> Iterable[str]:
         yield _fact("Validation loss", shown, change)
     seconds = [value for _, value in points(run.steps, "step_seconds")]
     if seconds:
-        yield _fact("Time in steps", format_seconds(sum(seconds)), f"{median(seconds):.3g} s a step")
+        expected = [value for _, value in points(run.steps, "planned_step_seconds")]
+        beside = f", planned {median(expected):.3g} s" if expected else ""
+        yield _fact("Time in steps", format_seconds(sum(seconds)), f"{median(seconds):.3g} s a step{beside}")
     size, frames = _setting(run, "data", "size"), _setting(run, "data", "num_frames")
     if isinstance(size, list) and frames:
         yield _fact("Clips", f"{frames} frames", " × ".join(map(str, size)))
@@ -98,7 +100,7 @@ def _charts(run: RunFolder) -> Iterable[str]:
     yield line_chart("Loss", [Series("each step", loss, "faint"), Series("smoothed", _smoothed(loss))])
     yield line_chart("Validation loss", [Series("validation loss", points(run.validations, "validation_loss"))])
     yield _memory_chart(run.steps)
-    yield line_chart("Step time", [Series("step", points(run.steps, "step_seconds"))], unit="s", from_zero=True)
+    yield _time_chart(run.steps)
     yield line_chart("Gradient norm", [Series("gradient norm", points(run.steps, "grad_norm"))], log=True)
     yield line_chart("Learning rate", [Series("learning rate", points(run.steps, "learning_rate"))], from_zero=True)
 
@@ -110,6 +112,11 @@ def _memory_chart(steps: Sequence[Record]) -> str:
     device, host, planned = (points(steps, key, scale) for key in keys)
     series = [Series("planned", planned, "dashed"), Series("host peak", host, "neutral"), Series("device peak", device)]
     return line_chart("Memory", series, unit=unit, from_zero=True)
+
+
+def _time_chart(steps: Sequence[Record]) -> str:
+    planned = Series("planned", points(steps, "planned_step_seconds"), "dashed")
+    return line_chart("Step time", [planned, Series("step", points(steps, "step_seconds"))], unit="s", from_zero=True)
 
 
 def _smoothed(values: Sequence[Point]) -> list[Point]:

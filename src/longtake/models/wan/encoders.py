@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel, UMT5EncoderModel
+from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from longtake.errors import ModelError, Problem
+from longtake.models.wan.headers import TensorHeader, read_headers, tensor_files
+from longtake.models.wan.signature import differences
+from longtake.models.weight_files import WeightFile, read_weights
 
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
@@ -24,6 +30,10 @@ if TYPE_CHECKING:
 TEXT_TOKENS = 512
 """Length of a padded prompt: diffusers finds the image tokens by `shape[1] - 512`, so no other value works."""
 
+_LARGE = 1024
+"""The width from which on a text encoder of fp32 files is computed in bf16. UMT5-XXL has 4096, a tiny model's UMT5 64."""
+_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_EMBEDDING, _SAME_EMBEDDING = "shared.weight", "encoder.embed_tokens.weight"
 _MIB = 2**20
 _LOG = logging.getLogger(__name__)
 
@@ -77,14 +87,39 @@ def decode_latents(
 
 
 def load_text_encoder(root: Path, device: torch.device | str) -> TextEncoder:
-    """Tokenizer and UMT5 of the diffusers folder `root`, in the files' own dtype; raises ModelError as `load_vae`."""
-    model = _load(UMT5EncoderModel, root / "text_encoder", device, dtype="auto")
+    """Tokenizer and UMT5 of the diffusers folder `root`, computing in what `text_encoder_types` says.
+
+    Tensors are read one after the other, to their final type on `device`: beyond the weights this takes one staging
+    buffer of host memory. Raises ModelError as `load_vae`.
+    """
+    model = _read_umt5(root / "text_encoder", device)
     folder = _component(root / "tokenizer", "tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise _unreadable(folder, error) from error
     return TextEncoder(tokenizer, model)
+
+
+def text_encoder_types(root: Path) -> tuple[torch.dtype, torch.dtype]:
+    """The type of the text encoder's files in the diffusers folder `root`, and that in which it is computed.
+
+    The files' type is the one that its config.json names, else that of its first tensor (as `dtype="auto"` of
+    transformers has it). Raises ModelError where files are missing, damaged or quantised.
+    """
+    folder = root / "text_encoder"
+    return _text_types(folder, _text_config(folder), read_headers(tensor_files(folder)))
+
+
+def computing_type(stored: torch.dtype, width: int) -> torch.dtype:
+    """The type in which a text encoder of this width (d_model) is computed whose files are in `stored`.
+
+    bf16 for files in fp32 of an encoder at least 1024 wide, which the published ones are; else the files' own type.
+    The repositories of Wan2.1 in diffusers' layout hold UMT5-XXL in fp32, 21.2 GiB. Its authors' own release is in bf16
+    (models_t5_umt5-xxl-enc-bf16.pth), and so is diffusers' documented use of those repositories (`torch_dtype` in the
+    examples of pipeline_wan_i2v.py). Values differ from those of fp32 by bf16's rounding.
+    """
+    return torch.bfloat16 if stored == torch.float32 and width >= _LARGE else stored
 
 
 def clean_prompt(prompt: str) -> str:
@@ -129,6 +164,13 @@ def encode_image(encoder: ImageEncoder, image: UInt8[Tensor, "3 height width"]) 
     return hidden_states[-2][0]
 
 
+def release() -> None:
+    """Gives back what is left of an encoder that nobody holds any more, on CUDA to the driver."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def fingerprint(folder: Path) -> str:
     """The identity of a component, whatever its folder is called: sha256 in hex.
 
@@ -156,6 +198,51 @@ def _safetensors_identity(file: Path) -> bytes:
         start = stream.read(header_size + _MIB)
         stream.seek(max(size - _MIB, 0))
         return str(size).encode() + length + start + stream.read()
+
+
+def _read_umt5(folder: Path, device: torch.device | str) -> UMT5EncoderModel:
+    config, headers = _text_config(folder), read_headers(tensor_files(folder))
+    _, dtype = _text_types(folder, config, headers)
+    try:
+        with torch.device("meta"):
+            model = UMT5EncoderModel(config)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise _unreadable(folder, error) from error
+    # one tensor under two names; files have either name, or both
+    named = {_EMBEDDING: headers[_SAME_EMBEDDING]} | headers if _SAME_EMBEDDING in headers else headers
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if name != _SAME_EMBEDDING}
+    wanted = {name: named[name] for name in shapes if name in named}
+    if problems := differences({name: header.shape for name, header in wanted.items()}, shapes, folder):
+        raise ModelError(problems)
+
+    def empty(name: str) -> Tensor:
+        # fp16 overflows there; transformers has it in UMT5PreTrainedModel._keep_in_fp32_modules
+        kept = dtype == torch.float16 and "wo" in name.split(".")
+        return torch.empty(shapes[name], dtype=torch.float32 if kept else dtype, device=device)
+
+    files = {name: WeightFile(h.file, h.start, h.nbytes, _TYPES[h.dtype]) for name, h in wanted.items()}
+    model.load_state_dict(read_weights(files, empty, lambda _name, tensor: tensor), strict=False, assign=True)
+    model.set_input_embeddings(model.shared)
+    return model.eval().requires_grad_(False)
+
+
+def _text_types(
+    folder: Path, config: UMT5Config, headers: Mapping[str, TensorHeader]
+) -> tuple[torch.dtype, torch.dtype]:
+    found = {header.dtype: _TYPES.get(header.dtype) for header in headers.values()}
+    stored: torch.dtype | None = config.dtype or next(iter(found.values()), None)
+    if None in found.values() or stored is None or stored not in _TYPES.values():
+        what = f"its type ({', '.join(found)}; config.json: {config.dtype}) is none that Longtake computes in"
+        raise ModelError(Problem(what, str(folder), "give a text encoder in fp32, bf16 or fp16"))
+    return stored, computing_type(stored, config.d_model)
+
+
+def _text_config(folder: Path) -> UMT5Config:
+    _component(folder, "config.json")
+    try:
+        return UMT5Config.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise _unreadable(folder, error) from error
 
 
 def _latent_statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:

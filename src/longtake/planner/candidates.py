@@ -1,0 +1,85 @@
+"""Which strategies are worth looking at. Needs no torch and knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from longtake.config.conflicts import memory_conflicts
+from longtake.config.schema import MemoryStrategy
+
+CUTS = ((1, 1), (4, 4), (16, 4))
+"""Slices and head groups. Four of each already take two thirds off a block; sixteen slices are the most frugal."""
+SWAP_STEPS = 8
+"""Block swap is tried in eighths of the blocks, so that what a small budget allows a larger one allows too."""
+FRACTIONS = (0.5, 1.0)
+MOST_TOKENS = 32_768
+"""In a micro-batch of several clips: with more, a GPU has long been busy, and memory grows for nothing."""
+LAST_RESORTS: tuple[Mapping[str, Any], ...] = ({"quantization": "int8"}, {"quantization": "nf4"})
+"""What rounds is tried only where nothing exact fits, the most exact first."""
+SAVED_BY = {"int8": 0.5, "fp8": 0.5, "nf4": 0.75}
+"""Share of the bytes of 16-bit weights that a type saves at most."""
+
+
+@dataclass(frozen=True)
+class Freedom:
+    """What the user has left open: `pinned` has the fields of [memory] that are given, with their values."""
+
+    pinned: Mapping[str, Any] = field(default_factory=dict)
+    micro_batch_size: int | None = None
+
+    def choices(self, name: str, *values: Any) -> tuple[Any, ...]:
+        """The pinned value of a field, or else all of `values`."""
+        return (self.pinned[name],) if name in self.pinned else values
+
+
+def bases(freedom: Freedom, cut: tuple[int, int], quantized: Mapping[str, Any]) -> Iterator[MemoryStrategy]:
+    """Strategies without block swap, each of another way to keep, cut and move, the least computation first."""
+    modes = freedom.choices("gradient_checkpointing", "none", "block_keep_attention", "block")
+    offloads = freedom.choices("activation_offload", "none", "host", "disk")
+    fractions = freedom.choices("activation_offload_fraction", *FRACTIONS)
+    optimizers = freedom.choices("optimizer_offload", False, True)
+    for mode, optimizer, offload, fraction in product(modes, optimizers, offloads, fractions):
+        if (offload == "none" and fraction != fractions[0]) or (mode == "none" and cut != CUTS[0]):
+            continue
+        fields = {
+            **{name: value for name, value in freedom.pinned.items() if name not in ("block_swap", "block_swap_from")},
+            "gradient_checkpointing": mode,
+            "activation_offload": offload,
+            "activation_offload_fraction": fraction if offload != "none" else 1.0,
+            "optimizer_offload": optimizer,
+            "slices": cut[0],
+            "attention_head_groups": cut[1],
+            **quantized,
+        }
+        strategy = MemoryStrategy(**fields)
+        if not [*memory_conflicts(strategy)]:
+            yield strategy
+
+
+def cuts(freedom: Freedom, heads: int, drops_out: bool) -> tuple[tuple[int, int], ...]:
+    """Slices and head groups to try, coarser ones first."""
+    if "slices" in freedom.pinned or "attention_head_groups" in freedom.pinned:
+        return ((freedom.pinned.get("slices", 1), freedom.pinned.get("attention_head_groups", 1)),)
+    if drops_out or freedom.pinned.get("checkpoint_every", 1) > 1:
+        return (CUTS[0],)
+    return tuple(dict.fromkeys((slices, min(groups, heads)) for slices, groups in CUTS))
+
+
+def swaps(freedom: Freedom, blocks: int, every: int) -> tuple[int, ...]:
+    """Numbers of swapped blocks to try, rising; a ring that saves nothing is left out."""
+    if "block_swap" in freedom.pinned:
+        return (freedom.pinned["block_swap"],)
+    steps = sorted({blocks * step // SWAP_STEPS for step in range(1, SWAP_STEPS + 1)})
+    return (0, *(number for number in steps if number > every + 1))
+
+
+def micro_batches(freedom: Freedom, clips: int, tokens: int) -> tuple[int, ...]:
+    """Sizes of micro-batches that `clips` clips of `tokens` tokens each come out even with."""
+    if freedom.micro_batch_size is not None:
+        return (freedom.micro_batch_size,)
+    return tuple(
+        size for size in range(1, clips + 1) if clips % size == 0 and (size == 1 or size * tokens <= MOST_TOKENS)
+    )

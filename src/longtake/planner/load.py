@@ -1,0 +1,17 @@
+"""What a rank computes at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from longtake.planner.plans import Bucket
+
+
+@dataclass(frozen=True)
+class Load:
+    """A micro-batch of `clips` clips, one of several of a step if `accumulating`, its tokens over `sp` ranks."""
+
+    bucket: Bucket
+    clips: int
+    accumulating: bool
+    sp: int = 1

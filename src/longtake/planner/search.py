@@ -1,0 +1,251 @@
+"""Looks for the fastest strategy that fits, from traced parts; knows no model family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+from longtake.config.schema import MemoryStrategy, ParallelConfig
+from longtake.models.spec import ModelSpec
+from longtake.planner.candidates import CUTS, LAST_RESORTS, SAVED_BY, Freedom, bases, cuts, micro_batches, swaps
+from longtake.planner.composition import Composed
+from longtake.planner.events import Timeline
+from longtake.planner.hardware import Device
+from longtake.planner.load import Load
+from longtake.planner.machine import HOST_PROCESS_BYTES, Machine
+from longtake.planner.plans import Bucket
+from longtake.planner.recording import Recording
+from longtake.planner.timeline import simulate
+
+ONE = ParallelConfig(strategy="single")
+NO_STALLS = 0.005
+"""Share of a step that waits for copies, below which a finer cut, which computes more, is not looked at."""
+
+
+class Parts(Protocol):
+    """Gives the search steps of the model that is planned, whatever it is."""
+
+    spec: ModelSpec
+    blocks: int
+    drops_out: bool
+    frozen: bool
+
+    def composed(self, strategy: MemoryStrategy, load: Load) -> Composed:
+        """The step of the whole model."""
+
+    def recording(self, strategy: MemoryStrategy, load: Load) -> Recording:
+        """The passes of a few blocks."""
+
+    def slack_bytes(self, strategy: MemoryStrategy, load: Load, generation: str, expandable: bool) -> int:
+        """What the allocator reserves beyond what is allocated."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked: which strategy of a `freedom` for clips of `bucket`, `global_batch_size` of them a step."""
+
+    machine: Machine
+    bucket: Bucket
+    global_batch_size: int
+    freedom: Freedom
+    most_device_bytes: int | None = None
+    """Less than the budget, where another stage is known to need the rest."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A strategy with all that a plan says of it."""
+
+    strategy: MemoryStrategy
+    parallel: ParallelConfig
+    load: Load
+    composed: Composed
+    slack_bytes: int
+    context_bytes: int
+    host_bytes: int
+    micro_batches: int
+    device: Device
+
+    @property
+    def device_bytes(self) -> int:
+        """What the driver shows at the peak."""
+        return self.composed.peak_bytes + self.slack_bytes + self.context_bytes
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """Of a micro-batch."""
+        return simulate(self.composed.micro_batch, self.device)
+
+    @cached_property
+    def update(self) -> Timeline:
+        """Of the update."""
+        return simulate(self.composed.update, self.device)
+
+    @property
+    def seconds(self) -> float:
+        """Of an optimiser step."""
+        return self.micro_batches * self.timeline.seconds + self.update.seconds
+
+    @property
+    def stalled_seconds(self) -> float:
+        """Of those, waits for copies."""
+        return self.micro_batches * self.timeline.stalled_seconds + self.update.stalled_seconds
+
+
+class Search:
+    """One question, answered from `parts`."""
+
+    def __init__(self, parts: Parts, question: Question) -> None:
+        self.parts, self.question = parts, question
+        self.machine = question.machine
+
+    def found(self) -> list[Candidate]:
+        """Candidates, fastest first among those that fit; then, where none does, the nearest to fitting."""
+        candidates = self._of({"quantization": self.question.freedom.pinned.get("quantization", "none")})
+        for rounding in LAST_RESORTS:
+            if any(self.fits(each) for each in candidates) or not self._may_help(rounding, candidates):
+                break
+            candidates += self._of(rounding)
+        fitting = sorted((each for each in candidates if self.fits(each)), key=_rank)
+        return frontier(fitting) or sorted(candidates, key=self.excess)[:3]
+
+    def fits(self, candidate: Candidate) -> bool:
+        """Whether the device, the host and the disk have room for it."""
+        return self.excess(candidate) <= 0
+
+    def excess(self, candidate: Candidate) -> int:
+        """Bytes by which it exceeds the budget that it exceeds most; not above 0 where it fits."""
+        budget = self.question.most_device_bytes or self.machine.budget_bytes
+        over = candidate.device_bytes - budget
+        if not self.machine.is_cpu:
+            over = max(over, candidate.host_bytes - self.machine.host_bytes)
+        return max(over, candidate.composed.disk_bytes * self.machine.gpus - self.machine.disk_bytes)
+
+    def _may_help(self, rounding: Mapping[str, Any], candidates: Sequence[Candidate]) -> bool:
+        """Whether a smaller type of the weights that are on the device could make the nearest candidate fit."""
+        if "quantization" in self.question.freedom.pinned or not self.parts.frozen:
+            return False
+        nearest = min(candidates, key=self.excess)
+        recording = self.parts.recording(nearest.strategy, nearest.load)
+        resident = nearest.strategy.checkpoint_every + 1 if nearest.strategy.block_swap else self.parts.blocks
+        return self.excess(nearest) <= SAVED_BY[rounding["quantization"]] * resident * recording.block_weights
+
+    def _of(self, quantized: Mapping[str, Any]) -> list[Candidate]:
+        """Candidates of every cut, as long as nothing fits or a finer one can be faster than what does."""
+        found: list[Candidate] = []
+        freedom, question = self.question.freedom, self.question
+        tokens = self.parts.spec.tokens(*question.bucket)
+        clips = question.global_batch_size // self.machine.gpus
+        for cut in cuts(freedom, self.parts.spec.heads, self.parts.drops_out):
+            for size in micro_batches(freedom, clips, tokens):
+                if best := self._best(found):
+                    if cut != CUTS[0] and best.stalled_seconds < NO_STALLS * best.seconds:
+                        break
+                    if size > 1 and best.timeline.bound_by in ("compute", "memory"):
+                        break
+                found += self._of_load(Load(question.bucket, size, clips > size), cut, quantized)
+        return found
+
+    def _best(self, candidates: Sequence[Candidate]) -> Candidate | None:
+        return min((each for each in candidates if self.fits(each)), key=_rank, default=None)
+
+    def _of_load(self, load: Load, cut: tuple[int, int], quantized: Mapping[str, Any]) -> Iterator[Candidate]:
+        """Candidates of one micro-batch and cut."""
+        reached: dict[str, list[Candidate]] = {}
+        for base in bases(self.question.freedom, cut, quantized):
+            mode = base.gradient_checkpointing
+            if any(_no_faster(base, done.strategy) for done in reached.get(mode, ())):
+                continue
+            candidate = self._with_swap(base, load)
+            if self.fits(candidate):
+                reached.setdefault(mode, []).append(candidate)
+            yield candidate
+
+    def _with_swap(self, base: MemoryStrategy, load: Load) -> Candidate:
+        """The strategy with as many blocks swapped as it must, or with all."""
+        resident = self._candidate(base, load, 0)
+        freedom = self.question.freedom
+        numbers = swaps(freedom, self.parts.blocks, base.checkpoint_every)
+        swappable = self.parts.frozen and base.gradient_checkpointing != "none"
+        if not swappable or numbers == (0,):
+            return resident
+        if self.fits(resident) and 0 in numbers:
+            return resident
+        last = resident
+        for place in freedom.choices("block_swap_from", "host", "disk"):
+            over = self.excess(resident) if self.machine.is_cpu else resident.device_bytes - self._budget()
+            chosen = next((n for n in numbers if n and self._saved(base, load, n) >= over), numbers[-1])
+            swapped = base.model_copy(update={"block_swap": chosen, "block_swap_from": place})
+            last = self._candidate(swapped, load, resident.slack_bytes)
+            if self.fits(last):
+                break
+        return last
+
+    def _budget(self) -> int:
+        return self.question.most_device_bytes or self.machine.budget_bytes
+
+    def _saved(self, base: MemoryStrategy, load: Load, number: int) -> int:
+        """Bytes on the device that swapping `number` blocks saves: their weights less the ring's buffers."""
+        recording = self.parts.recording(base, load)
+        ring = (base.checkpoint_every + 1) * recording.layout.nbytes
+        return number * recording.block_weights - ring
+
+    def _candidate(self, strategy: MemoryStrategy, load: Load, slack: int) -> Candidate:
+        """With the allocator's slack, where it is not known yet."""
+        composed = self.parts.composed(strategy, load)
+        machine = self.machine
+        if machine.is_cpu:
+            composed = _one_memory(composed)
+        elif not slack:
+            slack = self.parts.slack_bytes(strategy, load, machine.device.generation, machine.expandable)
+        micro = max(1, self.question.global_batch_size // (machine.gpus * load.clips))
+        return Candidate(
+            strategy=strategy,
+            parallel=ONE,
+            load=load,
+            composed=composed,
+            slack_bytes=slack,
+            context_bytes=machine.context_bytes(composed.peak_bytes, machine.gpus),
+            host_bytes=composed.host_bytes * machine.gpus + HOST_PROCESS_BYTES,
+            micro_batches=micro,
+            device=machine.device,
+        )
+
+
+def frontier(fitting: Sequence[Candidate]) -> list[Candidate]:
+    """Those that no faster one beats in what it needs of the device, or of the host."""
+    kept: list[Candidate] = []
+    for each in fitting:
+        if all(each.device_bytes < other.device_bytes or each.host_bytes < other.host_bytes for other in kept):
+            kept.append(each)
+    return kept
+
+
+def _rank(candidate: Candidate) -> tuple[float, int, int]:
+    return candidate.seconds, candidate.host_bytes, candidate.device_bytes
+
+
+def _no_faster(base: MemoryStrategy, fitting: MemoryStrategy) -> bool:
+    """Whether `base`, with whatever is swapped, cannot be faster than a strategy of the same computation that fits.
+
+    It moves no less; and a disk, or states in host memory, are never tried where it fits without.
+    """
+    order = {"none": 0, "host": 1, "disk": 2}
+    if base.optimizer_offload > fitting.optimizer_offload:
+        return True
+    if base.activation_offload == "disk" and fitting.activation_offload != "disk":
+        return True
+    return (
+        order[base.activation_offload] >= order[fitting.activation_offload]
+        and base.activation_offload_fraction >= fitting.activation_offload_fraction
+        and not fitting.block_swap
+    )
+
+
+def _one_memory(composed: Composed) -> Composed:
+    """On a CPU what waits in host memory is in the same memory: it counts as buffers."""
+    peak = [*composed.peak]
+    peak[6] += composed.host_bytes
+    return replace(composed, peak=tuple(peak), host_bytes=0)

@@ -1,0 +1,124 @@
+"""Steps of one subject under any strategy, each part recorded once."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+
+from longtake.config.schema import MemoryStrategy
+from longtake.models.spec import ModelSpec
+from longtake.planner.allocator import CUBLAS_WORKSPACE_BYTES, replay
+from longtake.planner.composition import Composed, compose
+from longtake.planner.load import Load
+from longtake.planner.meta_model import MetaModel, Subject, build, meta_batch
+from longtake.planner.recording import Recording, record, structure_of
+from longtake.planner.storages import Storages
+from longtake.planner.update import Update, record_update
+
+RECORDED_BLOCKS = 3
+"""The first, the last and one that stands for all between them."""
+BLOCKS_FOR_SLACK = 12
+"""What the allocator reserves beyond what is allocated is found on a model of so many blocks: it is made in the first
+ones, as all blocks allocate alike."""
+
+
+class Tracer:
+    """Records what is asked for; `subject` is what everything is about."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.recordings: dict[tuple[MemoryStrategy, Load], Recording] = {}
+        self.updates: dict[tuple[str, bool], Update] = {}
+        self.slack: dict[tuple[MemoryStrategy, Load, bool, str, bool], int] = {}
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's."""
+        return self.subject.spec
+
+    @property
+    def blocks(self) -> int:
+        """Of the whole model."""
+        return self.subject.blocks
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the model's own weights are."""
+        return self.subject.lora is not None
+
+    @property
+    def drops_out(self) -> bool:
+        """Whether adapters draw dropout."""
+        return self.subject.lora is not None and self.subject.lora.dropout > 0
+
+    @cached_property
+    def few(self) -> MetaModel:
+        """The model with as many blocks as stand for all."""
+        return build(self.subject, min(RECORDED_BLOCKS, self.blocks))
+
+    @cached_property
+    def whole(self) -> MetaModel:
+        """The model with all blocks."""
+        return build(self.subject)
+
+    @cached_property
+    def trained_values(self) -> int:
+        """Parameters that are trained, in the whole model."""
+        own = self.few.parameters
+        per_block = sum(each.numel() for name, each in own.items() if name.startswith(f"{self.spec.blocks}.0."))
+        return sum(each.numel() for each in own.values()) + (self.blocks - self.few.blocks) * per_block
+
+    def composed(self, strategy: MemoryStrategy, load: Load, storages: Storages | None = None) -> Composed:
+        """The step of the whole model."""
+        recording, update = self.recording(strategy, load), self.update(strategy)
+        return compose(recording, update, strategy, self.blocks, load.accumulating, storages)
+
+    def recording(self, strategy: MemoryStrategy, load: Load) -> Recording:
+        """The passes of a few blocks; of all, where blocks are recomputed several at a time."""
+        key = structure_of(strategy), load
+        if key not in self.recordings:
+            model = self.few if strategy.checkpoint_every == 1 else self.whole
+            with _without_collection():
+                batch = meta_batch(self.spec, load.bucket, load.clips)
+                self.recordings[key] = record(model, key[0], batch, load.accumulating)
+        return self.recordings[key]
+
+    def update(self, strategy: MemoryStrategy) -> Update:
+        """The update of the whole model."""
+        key = strategy.optimizer, strategy.optimizer_offload
+        if key not in self.updates:
+            with _without_collection():
+                self.updates[key] = record_update(self.few, strategy)
+        return self.updates[key]
+
+    def slack_bytes(self, strategy: MemoryStrategy, load: Load, generation: str, expandable: bool) -> int:
+        """What CUDA's allocator reserves for a step beyond the bytes of its tensors, cuBLAS's workspaces included."""
+        moves = strategy.activation_offload != "none"
+        key = structure_of(strategy), load, moves, generation, expandable
+        if key not in self.slack:
+            self.slack[key] = self._slack_bytes(strategy, load, generation, expandable)
+        return self.slack[key]
+
+    def _slack_bytes(self, strategy: MemoryStrategy, load: Load, generation: str, expandable: bool) -> int:
+        recording = self.recording(strategy, load)
+        blocks = min(self.blocks, BLOCKS_FOR_SLACK) if recording.blocks < self.blocks else self.blocks
+        fewer = strategy.model_copy(update={"block_swap": min(strategy.block_swap, blocks)})
+        storages = Storages(recording, blocks)
+        storages.hold([CUBLAS_WORKSPACE_BYTES[generation]] * 2)
+        composed = compose(recording, self.update(strategy), fewer, blocks, load.accumulating, storages)
+        return replay(storages.events, expandable).reserved_bytes - composed.peak_bytes
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Searching a model for garbage all the time takes a third of a recording's."""
+    enabled = gc.isenabled()
+    gc.collect(0)
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
