@@ -1,5 +1,10 @@
-"""Peaks of a whole run, and of one stage of it."""
+"""Peaks of a whole run, and of one stage of it; and the settings of the allocators whose bytes they are."""
 
+import os
+import subprocess
+import sys
+
+import pytest
 import torch
 
 from longtake.memory_gauge import MemoryGauge
@@ -23,3 +28,47 @@ def test_a_stage_has_its_own_peak_and_the_runs_goes_on() -> None:
     torch.ones(2 * LARGE, dtype=torch.uint8)
     assert gauge.read().host_peak_bytes > before.host_peak_bytes
     gauge.close()
+
+
+def said_by(code: str, variables: dict[str, str]) -> str:
+    """What `code` prints in a process of its own, in which nothing has been allocated."""
+    known = {name: value for name, value in os.environ.items() if "ALLOC" not in name}
+    command = [sys.executable, "-c", f"import sys, psutil, torch; import longtake.memory_gauge as gauge\n{code}"]
+    done = subprocess.run(command, env=known | variables, capture_output=True, text=True, check=True, timeout=120)
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the allocators are left as they are")
+@pytest.mark.parametrize(
+    ("variables", "settings"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, "expandable_segments:False"),
+    ],
+)
+def test_segments_on_cuda_expand_unless_the_user_says_otherwise(variables: dict[str, str], settings: str) -> None:
+    code = "gauge.expand_segments(torch.device('cuda')); print(torch._C._accelerator_getAllocatorSettings())"
+    assert said_by(code, variables) == settings
+
+
+HOLED = """
+torch.ones(24 * 2**20, dtype=torch.uint8)  # freed at once: malloc then keeps what is smaller than that
+large, small = zip(*[(torch.ones(2**20, dtype=torch.uint8), torch.ones(3000, dtype=torch.uint8)) for _ in range(100)])
+before = psutil.Process().memory_info().rss
+del large
+print((before - psutil.Process().memory_info().rss) // 2**20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(os, "confstr"), reason="a setting of glibc")
+def test_what_tensors_held_goes_back_to_the_system() -> None:
+    kept, returned = (int(said_by(first + HOLED, {})) for first in ("", "gauge.return_freed_memory()"))
+    assert kept < 20
+    assert 95 <= returned <= 105
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+def test_a_threshold_that_the_user_set_is_kept() -> None:
+    variables = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20)}
+    assert int(said_by("gauge.return_freed_memory()" + HOLED, variables)) < 20

@@ -119,3 +119,19 @@ def test_after_a_resume_the_rate_counts_new_work_only(clock: Clock) -> None:
     clock.now += 10.0
     assert pace.at(900) == "900/1000"
     assert pace.at(950) == "950/1000  5.00 steps/s  ETA 0:10"
+
+
+def test_what_is_known_of_the_time_left_goes_before_the_rate(clock: Clock) -> None:
+    known = {0: 400.0, 10: 200.0}
+    pace = Pace(100, 0, "steps", known.get)
+    assert pace.at(0) == "0/100  ETA 6:40"
+    clock.now += 10.0
+    assert pace.at(10) == "10/100  1.00 steps/s  ETA 3:20"
+    assert pace.at(20) == "20/100  2.00 steps/s  ETA 0:40", "where nothing is known the rate counts"
+
+
+def test_a_bar_says_at_once_how_long_it_will_take(capsys: pytest.CaptureFixture[str]) -> None:
+    with Reporter().bar("training", 100, "steps", 20, lambda done: (100 - done) * 41.0) as advance:
+        assert capsys.readouterr().err == "training  20/100  ETA 54:40\n"
+        advance(100, "")
+    assert capsys.readouterr().err.endswith("ETA 0:00\n")

@@ -3,20 +3,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from longtake.errors import ConfigError, Problem, RunError
 from longtake.models.spec import ModelSpec
-from longtake.models.wan.conditioning import pad_prompt
-from longtake.models.wan.encoders import encode_image, encode_prompt, load_image_encoder, load_text_encoder, load_vae
+from longtake.models.wan import encoders
+from longtake.models.wan.conditioning import image_condition, pad_prompt
 
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
@@ -47,6 +55,22 @@ class SampleRequest:
         return [image for image in (self.image, self.last_image) if image is not None]
 
 
+@dataclass(frozen=True)
+class EncodedRequest:
+    """A request, and in host memory what the encoders make of it.
+
+    `prompt_embeds` are padded to 512 tokens, as in training; `negative_prompt_embeds` is None without guidance,
+    `image_embeds` where the model takes none. `condition` is None without an image; else the normalised latents of the
+    first frame where timesteps are per token (`spec.expand_timesteps`), and mask and latents of `image_condition`.
+    """
+
+    request: SampleRequest
+    prompt_embeds: Float[Tensor, "1 tokens dim"]
+    negative_prompt_embeds: Float[Tensor, "1 tokens dim"] | None
+    image_embeds: Float[Tensor, "images tokens dim"] | None
+    condition: Float[Tensor, "1 channels frames height width"] | None
+
+
 def sample(
     root: Path,
     spec: ModelSpec,
@@ -57,21 +81,63 @@ def sample(
 ) -> UInt8[Tensor, "frames 3 height width"]:
     """A video, uint8 [frames, 3, height, width] on the CPU, as a function of `request` and the weights.
 
-    `root` is a diffusers folder with everything but the transformers; those (by component name, one for each expert)
-    lie on `device` with their adapters, and are given back as they were, as is torch's random state. Each encoder is
-    loaded, used and released in turn. `on_step` is called with the number of denoising steps done. Raises ConfigError
-    for a request that the model cannot follow, ModelError for a damaged `root`, RunError where the video is not finite.
+    Everything happens beside the transformers: `encode_requests`, then `sample_encoded`, which see for arguments and
+    errors. Who samples often, or has no room for an encoder there, calls the two.
     """
-    check_request(request, spec)
+    (encoded,) = encode_requests(root, spec, [request], device)
+    return sample_encoded(root, spec, transformers, encoded, device, on_step)
+
+
+def encode_requests(
+    root: Path, spec: ModelSpec, requests: Sequence[SampleRequest], device: torch.device | str
+) -> list[EncodedRequest]:
+    """What needs no transformer: each encoder of the diffusers folder `root` is loaded, used for all, and released.
+
+    Torch's random state is left as it was. Raises ConfigError for a request that the model cannot follow, ModelError
+    for a damaged `root`.
+    """
+    for request in requests:
+        check_request(request, spec)
     device = torch.device(device)
-    forked = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=forked), _evaluating(transformers.values()), torch.no_grad():
-        arguments = _arguments(root, spec, request, device)
-        pipeline = _pipeline(root, spec, transformers, request, device)
-        if on_step is not None:
-            arguments["callback_on_step_end"] = _callback(on_step)
-        frames = pipeline(**arguments, output_type="pt").frames[0]
-        return _to_bytes(frames)
+    with _random_state_of(device), torch.no_grad():
+        embeds = _prompt_embeds(root, spec, requests, device)
+        images = _image_embeds(root, spec, requests, device)
+        conditions = _conditions(root, spec, requests, device)
+    return [
+        EncodedRequest(
+            request,
+            embeds[request.prompt],
+            embeds[request.negative_prompt] if request.guidance_scale > 1 else None,
+            image_embeds,
+            condition,
+        )
+        for request, image_embeds, condition in zip(requests, images, conditions, strict=True)
+    ]
+
+
+def sample_encoded(
+    root: Path,
+    spec: ModelSpec,
+    transformers: Mapping[str, WanTransformer3DModel],
+    encoded: EncodedRequest,
+    device: torch.device | str,
+    on_step: Callable[[int], None] | None = None,
+) -> UInt8[Tensor, "frames 3 height width"]:
+    """The video of `sample`, of which the VAE alone is still to be loaded; it comes to `device` after the denoising.
+
+    `transformers` (by component name, one for each expert) lie on `device` with their adapters, and are given back as
+    they were, as is torch's random state. `on_step` is called with the number of denoising steps done. Raises
+    ModelError for a damaged VAE, RunError where the video is not finite.
+    """
+    device = torch.device(device)
+    vae = encoders.load_vae(root, "cpu")  # first, as nobody wants to hear of a damaged file after the denoising
+    with _random_state_of(device), _evaluating(transformers.values()), torch.no_grad():
+        latents = _denoise(spec, transformers, encoded, device, on_step)
+        encoders.release()
+        frames = _decode(vae.to(device), latents)
+    del vae, latents
+    encoders.release()
+    return frames
 
 
 def check_request(request: SampleRequest, spec: ModelSpec) -> None:
@@ -81,48 +147,90 @@ def check_request(request: SampleRequest, spec: ModelSpec) -> None:
 
 
 class _ReadyImagePipeline(WanImageToVideoPipeline):
-    """The image-to-video pipeline with CLIP's tokens computed beforehand.
+    """The image-to-video pipeline with CLIP's tokens and the images' latents computed beforehand.
 
-    It refuses `image` and `image_embeds` in one call, although it needs both, and would keep the encoder loaded.
+    It refuses `image` and `image_embeds` in one call, although it needs both, and would keep the encoders loaded.
     """
 
-    ready_image_embeds: Float[Tensor, "images tokens dim"] | None = None
+    ready: EncodedRequest
 
-    def encode_image(self, *_: Any) -> Float[Tensor, "images tokens dim"]:
+    def encode_image(self, *_: Any) -> Tensor | None:
         """[images, tokens, dim], whatever the arguments."""
-        assert self.ready_image_embeds is not None
-        return self.ready_image_embeds
+        return self.ready.image_embeds
+
+    def prepare_latents(self, _image: Tensor, *drawn: Any) -> tuple[Tensor, ...]:
+        """Noise as the other pipeline draws it, the condition, and where timesteps are per token the mask of noise.
+
+        `drawn` are that pipeline's arguments, and the last image.
+        """
+        noise = WanPipeline.prepare_latents(self, *drawn[:-1])
+        assert self.ready.condition is not None
+        condition = self.ready.condition.to(noise)
+        if not self.config.expand_timesteps:
+            return noise, condition
+        mask = noise.new_ones(1, 1, *noise.shape[2:])
+        mask[:, :, 0] = 0
+        return noise, condition, mask
+
+
+def _denoise(
+    spec: ModelSpec,
+    transformers: Mapping[str, WanTransformer3DModel],
+    encoded: EncodedRequest,
+    device: torch.device,
+    on_step: Callable[[int], None] | None,
+) -> Float[Tensor, "1 channels frames height width"]:
+    """Denoised latents; all else that the pipeline had ends with this call."""
+    pipeline = _pipeline(spec, transformers, encoded)
+    arguments = _arguments(encoded, device)
+    if on_step is not None:
+        arguments["callback_on_step_end"] = _callback(on_step)
+    latents: Tensor = pipeline(**arguments, output_type="latent").frames
+    return latents
+
+
+def _decode(
+    vae: AutoencoderKLWan, latents: Float[Tensor, "1 channels frames height width"]
+) -> UInt8[Tensor, "frames 3 height width"]:
+    video = encoders.decode_latents(vae, latents)
+    return _to_bytes(VideoProcessor().postprocess_video(video, "pt")[0])
 
 
 def _pipeline(
-    root: Path,
-    spec: ModelSpec,
-    transformers: Mapping[str, WanTransformer3DModel],
-    request: SampleRequest,
-    device: torch.device,
+    spec: ModelSpec, transformers: Mapping[str, WanTransformer3DModel], encoded: EncodedRequest
 ) -> WanPipeline | WanImageToVideoPipeline:
+    known = {
+        "z_dim": spec.latent_channels,
+        "scale_factor_temporal": spec.temporal_stride,
+        "scale_factor_spatial": spec.spatial_stride,
+    }
     components = {
         "tokenizer": None,
         "text_encoder": None,
-        "vae": load_vae(root, device),
+        "vae": SimpleNamespace(config=SimpleNamespace(**known)),  # nothing is encoded or decoded by the pipeline
         "scheduler": UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=request.shift
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=encoded.request.shift
         ),
         "boundary_ratio": spec.boundary_ratio,
         "expand_timesteps": spec.expand_timesteps,
         **{name: transformers[name] for name in spec.experts},
     }
-    pipeline = WanPipeline(**components) if request.image is None else _ReadyImagePipeline(**components)
-    if spec.image_tokens:
-        pipeline.ready_image_embeds = _image_embeds(root, request, device)
+    if encoded.condition is None:
+        pipeline = WanPipeline(**components)
+    else:
+        pipeline = _ReadyImagePipeline(**components)
+        pipeline.ready = encoded
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def _arguments(root: Path, spec: ModelSpec, request: SampleRequest, device: torch.device) -> dict[str, Any]:
+def _arguments(encoded: EncodedRequest, device: torch.device) -> dict[str, Any]:
+    request = encoded.request
     width, height = request.size
+    negative = encoded.negative_prompt_embeds
     arguments = {
-        **_prompt_embeds(root, spec, request, device),
+        "prompt_embeds": encoded.prompt_embeds.to(device),
+        "negative_prompt_embeds": None if negative is None else negative.to(device),
         "width": width,
         "height": height,
         "num_frames": request.num_frames,
@@ -137,19 +245,61 @@ def _arguments(root: Path, spec: ModelSpec, request: SampleRequest, device: torc
 
 
 def _prompt_embeds(
-    root: Path, spec: ModelSpec, request: SampleRequest, device: torch.device
+    root: Path, spec: ModelSpec, requests: Sequence[SampleRequest], device: torch.device
 ) -> dict[str, Float[Tensor, "1 tokens dim"]]:
-    """Encoded here as for training (512 tokens), which also lets the encoder go before the first step."""
-    encoder = load_text_encoder(root, device)
-    prompts = {"prompt_embeds": request.prompt}
-    if request.guidance_scale > 1:
-        prompts["negative_prompt_embeds"] = request.negative_prompt
-    return {name: pad_prompt(encode_prompt(encoder, text), spec.text_tokens)[None] for name, text in prompts.items()}
+    """By text, and each text once."""
+    prompts = [request.prompt for request in requests]
+    texts = dict.fromkeys([*prompts, *(request.negative_prompt for request in requests if request.guidance_scale > 1)])
+    if not texts:
+        return {}
+    encoder = encoders.load_text_encoder(root, device)
+    embeds = {text: pad_prompt(encoders.encode_prompt(encoder, text), spec.text_tokens)[None].cpu() for text in texts}
+    del encoder
+    encoders.release()
+    return embeds
 
 
-def _image_embeds(root: Path, request: SampleRequest, device: torch.device) -> Float[Tensor, "images tokens dim"]:
-    encoder = load_image_encoder(root, device)
-    return torch.stack([encode_image(encoder, image) for image in request.images])
+def _image_embeds(
+    root: Path, spec: ModelSpec, requests: Sequence[SampleRequest], device: torch.device
+) -> list[Float[Tensor, "images tokens dim"] | None]:
+    if not spec.image_tokens or not requests:
+        return [None] * len(requests)
+    encoder = encoders.load_image_encoder(root, device)
+    embeds: list[Tensor | None] = [
+        torch.stack([encoders.encode_image(encoder, image).cpu() for image in request.images]) for request in requests
+    ]
+    del encoder
+    encoders.release()
+    return embeds
+
+
+def _conditions(
+    root: Path, spec: ModelSpec, requests: Sequence[SampleRequest], device: torch.device
+) -> list[Float[Tensor, "1 channels frames height width"] | None]:
+    if not any(request.images for request in requests):
+        return [None] * len(requests)
+    vae = encoders.load_vae(root, device)
+    conditions = [_condition(vae, spec, request) for request in requests]
+    del vae
+    encoders.release()
+    return conditions
+
+
+def _condition(
+    vae: AutoencoderKLWan, spec: ModelSpec, request: SampleRequest
+) -> Float[Tensor, "1 channels frames height width"] | None:
+    if request.image is None:
+        return None
+    if spec.expand_timesteps:
+        return encoders.encode_video(vae, encoders.normalise_pixels(request.image)[None, :, None]).cpu()
+    return image_condition(vae, request.image, request.last_image, request.num_frames)[None].cpu()
+
+
+@contextmanager
+def _random_state_of(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn inside, torch's random state is afterwards what it was."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
 
 
 @contextmanager

@@ -1,9 +1,6 @@
 """A plan beside its run: what is written and said, the peak of the strategy in force, and the time that is left."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -255,24 +252,3 @@ def test_after_running_out_of_memory_the_fallbacks_plan_is_recorded(scenes: Scen
         run, _ = start(scene, config, PLANNED, said=said)
     assert [line["planned_peak_bytes"] for line in steps_of(run)] == [900 * MIB, 700 * MIB, None, None]
     assert not said.having("after step")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the allocators are set on Linux")
-@pytest.mark.parametrize(
-    ("variables", "settings"),
-    [
-        ({}, "expandable_segments:True"),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
-        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, "expandable_segments:False"),
-    ],
-)
-def test_cuda_segments_expand_unless_the_user_says_otherwise(variables: dict[str, str], settings: str) -> None:
-    code = (
-        "import torch; from longtake.memory_gauge import expand_segments; expand_segments(torch.device('cuda'));"
-        "print(torch._C._accelerator_getAllocatorSettings())"
-    )
-    plain = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
-    found = subprocess.run(
-        [sys.executable, "-c", code], env=plain | variables, capture_output=True, text=True, check=True, timeout=120
-    )
-    assert found.stdout.strip() == settings

@@ -73,9 +73,9 @@ class Device:
 
     `memory_bytes` is what torch can have with the context, `tensor_flops` the rate in the compute type, `fp32_flops`
     that of fp32 matrix products. `host_bytes_per_second` is reached from pinned memory, in each direction;
-    with `duplex` in both at once. `peer_bytes_per_second` is between two of them. The three
-    fractions are of `tensor_flops`. `copy_share` is the share of the computation's rate that a running copy takes from
-    it: none where copies have engines of their own, a core's on a CPU.
+    with `duplex` in both at once. `peer_bytes_per_second` is between two of them. `matmul_efficiency` is a fraction
+    of both rates of products, the other two are of `tensor_flops`. `copy_share` is the share of the computation's rate
+    that a running copy takes from it: none where copies have engines of their own, a core's on a CPU.
     """
 
     name: str

@@ -18,6 +18,7 @@ from longtake.models.wan.conditioning import Conditioning
 from longtake.models.wan.variants import KEEP_FP32, WanVariant
 from longtake.planner.operators import DeviceType
 from longtake.planner.plans import Bucket
+from longtake.planner.sequence import rank_shape
 from longtake.training.batch import Batch
 from longtake.training.optimizer import trained_parameters
 from longtake.training.precision import DTYPES
@@ -84,9 +85,12 @@ def build(subject: Subject, blocks: int | None = None) -> MetaModel:
     return MetaModel(subject, transformer, trained_parameters(transformer), count)
 
 
-def meta_batch(spec: ModelSpec, bucket: Bucket, clips: int = 1) -> Batch:
-    """A micro-batch without values, in the types of `training.batch.collate`."""
-    shape = spec.latent_shape(*bucket)
+def meta_batch(spec: ModelSpec, bucket: Bucket, clips: int = 1, sp: int = 1) -> Batch:
+    """A micro-batch without values, in the types of `training.batch.collate`.
+
+    With `sp` it has about as many tokens as one of so many ranks has of each clip, never fewer.
+    """
+    shape = rank_shape(spec, bucket, sp)
 
     def empty(*sides: int) -> Tensor:
         return torch.empty(clips, *sides, device=META)

@@ -11,7 +11,7 @@ from longtake.config.schema import MemoryStrategy, ParallelConfig
 from longtake.models.spec import ModelSpec
 from longtake.planner.candidates import CUTS, LAST_RESORTS, SAVED_BY, Freedom, bases, cuts, micro_batches, swaps
 from longtake.planner.composition import Composed
-from longtake.planner.events import Timeline
+from longtake.planner.events import KINDS, Compute, Timeline
 from longtake.planner.hardware import Device
 from longtake.planner.load import Load
 from longtake.planner.machine import HOST_PROCESS_BYTES, Machine
@@ -27,10 +27,21 @@ NO_STALLS = 0.005
 class Parts(Protocol):
     """Gives the search steps of the model that is planned, whatever it is."""
 
-    spec: ModelSpec
-    blocks: int
-    drops_out: bool
-    frozen: bool
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's."""
+
+    @property
+    def blocks(self) -> int:
+        """Of the whole model."""
+
+    @property
+    def drops_out(self) -> bool:
+        """Whether blocks draw dropout, which no slices may."""
+
+    @property
+    def frozen(self) -> bool:
+        """Whether there are frozen weights that can be streamed or quantised."""
 
     def composed(self, strategy: MemoryStrategy, load: Load) -> Composed:
         """The step of the whole model."""
@@ -50,8 +61,8 @@ class Question:
     bucket: Bucket
     global_batch_size: int
     freedom: Freedom
-    most_device_bytes: int | None = None
-    """Less than the budget, where another stage is known to need the rest."""
+    beside_resident_bytes: int = 0
+    """What another stage, such as sampling while training, needs beside what a run keeps between two steps."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,13 @@ class Candidate:
     def device_bytes(self) -> int:
         """What the driver shows at the peak."""
         return self.composed.peak_bytes + self.slack_bytes + self.context_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """What stays on the device between two steps: all that is there when one begins but its batch and gradients."""
+        first = next(item for item in self.composed.micro_batch if isinstance(item, Compute))
+        held = dict(zip(KINDS, first.held, strict=True))
+        return sum(held[kind] for kind in ("weights", "adapters", "optimizer", "buffers"))
 
     @cached_property
     def timeline(self) -> Timeline:
@@ -117,8 +135,11 @@ class Search:
 
     def excess(self, candidate: Candidate) -> int:
         """Bytes by which it exceeds the budget that it exceeds most; not above 0 where it fits."""
-        budget = self.question.most_device_bytes or self.machine.budget_bytes
-        over = candidate.device_bytes - budget
+        beside = self.question.beside_resident_bytes
+        needed = max(
+            candidate.device_bytes, candidate.resident_bytes + candidate.context_bytes + beside if beside else 0
+        )
+        over = needed - self.machine.budget_bytes
         if not self.machine.is_cpu:
             over = max(over, candidate.host_bytes - self.machine.host_bytes)
         return max(over, candidate.composed.disk_bytes * self.machine.gpus - self.machine.disk_bytes)
@@ -165,7 +186,7 @@ class Search:
 
     def _with_swap(self, base: MemoryStrategy, load: Load) -> Candidate:
         """The strategy with as many blocks swapped as it must, or with all."""
-        resident = self._candidate(base, load, 0)
+        resident = self.candidate(base, load, 0)
         freedom = self.question.freedom
         numbers = swaps(freedom, self.parts.blocks, base.checkpoint_every)
         swappable = self.parts.frozen and base.gradient_checkpointing != "none"
@@ -175,16 +196,13 @@ class Search:
             return resident
         last = resident
         for place in freedom.choices("block_swap_from", "host", "disk"):
-            over = self.excess(resident) if self.machine.is_cpu else resident.device_bytes - self._budget()
+            over = self.excess(resident)
             chosen = next((n for n in numbers if n and self._saved(base, load, n) >= over), numbers[-1])
             swapped = base.model_copy(update={"block_swap": chosen, "block_swap_from": place})
-            last = self._candidate(swapped, load, resident.slack_bytes)
+            last = self.candidate(swapped, load, resident.slack_bytes)
             if self.fits(last):
                 break
         return last
-
-    def _budget(self) -> int:
-        return self.question.most_device_bytes or self.machine.budget_bytes
 
     def _saved(self, base: MemoryStrategy, load: Load, number: int) -> int:
         """Bytes on the device that swapping `number` blocks saves: their weights less the ring's buffers."""
@@ -192,7 +210,7 @@ class Search:
         ring = (base.checkpoint_every + 1) * recording.layout.nbytes
         return number * recording.block_weights - ring
 
-    def _candidate(self, strategy: MemoryStrategy, load: Load, slack: int) -> Candidate:
+    def candidate(self, strategy: MemoryStrategy, load: Load, slack: int) -> Candidate:
         """With the allocator's slack, where it is not known yet."""
         composed = self.parts.composed(strategy, load)
         machine = self.machine

@@ -118,12 +118,12 @@ class Forecast:
         What was spent between steps, in loading, validation and saving, is expected to come again in proportion.
         """
         buckets = upcoming(self.sampler, done, self.steps)
-        if len(self.measured) < CALIBRATED_AFTER:
-            if self.strategy is None:
-                return None
-            return sum(count * self.strategy.seconds(bucket) for bucket, count in buckets.items())
-        between = max(1.0, (self.clock() - self.begun) / self.seconds_in_steps) if self.seconds_in_steps else 1.0
-        return between * sum(count * self._expected(bucket) for bucket, count in buckets.items())
+        if len(self.measured) >= CALIBRATED_AFTER:
+            between = max(1.0, (self.clock() - self.begun) / self.seconds_in_steps)
+            return between * sum((count * self._expected(bucket) for bucket, count in buckets.items()), 0.0)
+        if self.strategy is not None:
+            return sum((count * self.strategy.seconds(bucket) for bucket, count in buckets.items()), 0.0)
+        return None
 
     def comparison(self, device_peak_bytes: int) -> str | None:
         """Planned beside measured, once: when enough steps have been measured under the first strategy.

@@ -31,7 +31,7 @@ TEXT_TOKENS = 512
 """Length of a padded prompt: diffusers finds the image tokens by `shape[1] - 512`, so no other value works."""
 
 _LARGE = 1024
-"""The width from which on a text encoder of fp32 files is computed in bf16. UMT5-XXL has 4096, a tiny model's UMT5 64."""
+"""The width from which on a text encoder of fp32 files is computed in bf16: UMT5-XXL has 4096, a tiny model's 64."""
 _TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _EMBEDDING, _SAME_EMBEDDING = "shared.weight", "encoder.embed_tokens.weight"
 _MIB = 2**20

@@ -1,0 +1,129 @@
+"""What would have to change where nothing fits: fewer frames, a smaller size, another device; each with its number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from longtake.config.schema import MemoryStrategy
+from longtake.planner.candidates import CUTS, Freedom, bases
+from longtake.planner.hardware import DEVICES
+from longtake.planner.load import Load
+from longtake.planner.plans import Advice, Bucket
+from longtake.planner.search import Candidate, Parts, Question, Search
+
+STRIDE = 4
+"""Frames of clips are 4n+1."""
+MOST_FRAMES = 1025
+SIZES = ((1280, 720), (1024, 576), (832, 480), (640, 368), (480, 272), (320, 192))
+"""(width, height) in pixels that divide by 16, falling."""
+
+
+def advice(search: Search, question: Question) -> tuple[Advice, ...]:
+    """Changes, one at a time, with which the most frugal strategy that the user's pins allow fits."""
+    return tuple(_found(search.parts, question))
+
+
+def most_frames(parts: Parts, question: Question) -> int | None:
+    """The most frames of which a clip of the question's size fits, None where not even the fewest do."""
+    _, height, width = question.bucket
+    known: dict[int, int] = {}
+
+    def excess(steps: int) -> int:
+        if steps not in known:
+            known[steps] = _frugal(parts, replace(question, bucket=(1 + STRIDE * steps, height, width)))[1]
+        return known[steps]
+
+    fewest = 0 if parts.spec.task in ("t2v", "ti2v") else 1
+    low, high = fewest, (MOST_FRAMES - 1) // STRIDE
+    if excess(low) > 0:
+        return None
+    if excess(high) <= 0:
+        return 1 + STRIDE * high
+    while high - low > 1:
+        # Bytes grow in proportion to the tokens, so the line through the nearest two leads there.
+        guess = low + int((high - low) * -excess(low) / (excess(high) - excess(low)))
+        guess = min(max(guess, low + 1), high - 1)
+        if excess(guess) > 0:
+            high = guess
+        else:
+            low = guess
+            if low + 1 < high and excess(low + 1) > 0:
+                high = low + 1
+    return 1 + STRIDE * low
+
+
+def _found(parts: Parts, question: Question) -> Iterator[Advice]:
+    frames = most_frames(parts, question)
+    if frames is not None and frames < question.bucket[0]:
+        yield _advice(parts, replace(question, bucket=(frames, *question.bucket[1:])), f"data.num_frames = {frames}")
+    for width, height in SIZES:
+        smaller: Bucket = (question.bucket[0], height, width)
+        if width * height < question.bucket[1] * question.bucket[2] and _fits(parts, replace(question, bucket=smaller)):
+            yield _advice(parts, replace(question, bucket=smaller), f"data.size = [{width}, {height}]")
+            break
+    if question.freedom.pinned:
+        free = replace(question, freedom=Freedom())
+        if _fits(parts, free):
+            pins = ", ".join(f"memory.{name}" for name in question.freedom.pinned)
+            yield _advice(parts, free, f"leave {pins} to the planner")
+    yield from _larger(parts, question)
+
+
+def _larger(parts: Parts, question: Question) -> Iterator[Advice]:
+    """The smallest device of the table on which it fits, its whole memory used."""
+    machine = question.machine
+    for device in sorted(DEVICES.values(), key=lambda each: each.memory_bytes):
+        if device.generation == "cpu" or device.memory_bytes <= machine.budget_bytes:
+            continue
+        larger = replace(question, machine=replace(machine, device=device, budget_bytes=device.memory_bytes))
+        if _fits(parts, larger):
+            yield _advice(parts, larger, f"--gpu {device.name}")
+            return
+
+
+def _fits(parts: Parts, question: Question) -> bool:
+    return _frugal(parts, question)[1] <= 0
+
+
+def _advice(parts: Parts, question: Question, change: str) -> Advice:
+    candidate, _ = _frugal(parts, question)
+    return Advice(change, candidate.device_bytes, candidate.seconds)
+
+
+def _frugal(parts: Parts, question: Question) -> tuple[Candidate, int]:
+    """The most frugal of the question's strategies that host and disk allow, and by how much it does not fit."""
+    search = Search(parts, question)
+    found = [search.candidate(each, _load(question), 0) for each in _most_frugal(parts, question)]
+    best = min(found, key=search.excess)
+    return best, search.excess(best)
+
+
+def _load(question: Question) -> Load:
+    clips = question.freedom.micro_batch_size or 1
+    return Load(question.bucket, clips, question.global_batch_size // question.machine.gpus > clips)
+
+
+def _most_frugal(parts: Parts, question: Question) -> Iterator[MemoryStrategy]:
+    """All that a strategy can move away, to host memory and to the disk."""
+    cut = CUTS[0] if parts.drops_out else (CUTS[-1][0], min(CUTS[-1][1], parts.spec.heads))
+    for place in ("host", "disk"):
+        wanted = {
+            "gradient_checkpointing": "block",
+            "activation_offload": place,
+            "activation_offload_fraction": 1.0,
+            "optimizer_offload": True,
+            "slices": cut[0],
+            "attention_head_groups": cut[1],
+            **({"block_swap": parts.blocks, "block_swap_from": place} if parts.frozen and parts.blocks > 2 else {}),
+        }
+        pinned = dict(question.freedom.pinned)
+        if pinned.get("optimizer") == "adamw8bit":
+            wanted.pop("optimizer_offload")
+        fields = {**wanted, **pinned}
+        strategy = next(iter(bases(Freedom(fields), (fields["slices"], fields["attention_head_groups"]), {})), None)
+        if strategy is None:
+            continue
+        yield strategy.model_copy(
+            update={name: value for name, value in fields.items() if name in ("block_swap", "block_swap_from")}
+        )

@@ -1,0 +1,120 @@
+"""A step on several GPUs: how one rank's differs from the step of one GPU, and which engines come into question.
+
+All of it is arithmetic over a composed step and the parameters' sizes, per rank; what waits in host memory or on disk
+is one rank's too. Weights, gradients and states are shared out among all ranks, those of sequence parallelism included,
+whose gradients are summed up as well. Not counted: the norm for clipping, a number from each rank, and latencies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from longtake.config.schema import MemoryStrategy, ParallelConfig
+from longtake.errors import Problem
+from longtake.planner.rank_items import FIRST_EVENT, Rank, planned
+from longtake.planner.replicas import ddp, zero
+from longtake.planner.sequence import Exchange, degrees, exchanged
+from longtake.planner.sharded import fsdp2, zero3
+from longtake.planner.shards import Sizes, sizes_of
+
+if TYPE_CHECKING:
+    from longtake.planner.composition import Composed
+
+__all__ = ["Sizes", "distribute", "engines", "parallel_conflicts", "sizes_of"]
+
+Method: TypeAlias = Literal["lora", "full"]
+_ENGINE_EVENTS = FIRST_EVENT + 500_000
+"""Those before are of exchanges between ranks that share a clip."""
+_SHARDED = ("fsdp2", "deepspeed_stage_3")
+
+
+def distribute(
+    composed: Composed, parallel: ParallelConfig, gpus: int, sizes: Sizes, exchange: Exchange | None = None
+) -> Composed:
+    """The step of one of `gpus` ranks, of which `composed` is the step if it had no others; on one GPU it stays so.
+
+    Under sequence parallelism `composed` is that of a batch of `meta_batch(..., sp=parallel.sp)`, and `exchange` says
+    what ranks exchange. Under DDP it should be composed as accumulating, as the buckets are there from the start. The
+    result's items are listed like those of `composed`, which may be repeated for each micro-batch.
+    """
+    if gpus == 1:
+        return composed
+    assert parallel.sp == (exchange.sp if exchange else 1), "the exchange of another degree"
+    if exchange is not None and exchange.sp > 1:
+        rank = Rank()
+        exchanged(composed.micro_batch, exchange, rank)
+        composed = planned(composed, rank.taken(), composed.update, 0)
+    rank = Rank(_ENGINE_EVENTS)
+    match parallel.strategy:
+        case "ddp":
+            return ddp(composed, gpus, sizes, rank)
+        case "deepspeed_stage_1" | "deepspeed_stage_2":
+            stage = int(parallel.strategy[-1])
+            return zero(composed, stage, parallel.offload == "optimizer", gpus, sizes, rank)
+        case "fsdp2":
+            return fsdp2(composed, gpus, sizes, rank)
+        case "deepspeed_stage_3":
+            return zero3(composed, parallel.offload, gpus, sizes, rank)
+        case "single" | "auto":
+            raise AssertionError(f"{parallel.strategy} is no engine for {gpus} GPUs")
+
+
+def engines(strategy: MemoryStrategy, gpus: int, method: Method, heads: int) -> tuple[ParallelConfig, ...]:
+    """The configurations worth considering for a model of `heads` heads under `strategy`, none with a conflict.
+
+    Adapters, their gradients and states are small: sharing out them alone, as stages 1 and 2 do, gains nothing.
+    """
+    if gpus == 1:
+        return (ParallelConfig(strategy="single"),)
+    fields: list[tuple[str, str]] = [("ddp", "none"), ("fsdp2", "none"), ("deepspeed_stage_3", "none")]
+    if method == "full":
+        fields += [("deepspeed_stage_1", "none"), ("deepspeed_stage_2", "none")]
+        fields += [("deepspeed_stage_2", "optimizer"), ("deepspeed_stage_3", "optimizer")]
+    fields.append(("deepspeed_stage_3", "parameters"))
+    found = [
+        ParallelConfig.model_validate({"strategy": name, "offload": offload, "sp": sp})
+        for sp in degrees(heads, gpus)
+        for name, offload in fields
+    ]
+    return tuple(each for each in found if not any(parallel_conflicts(strategy, each, gpus, heads)))
+
+
+def parallel_conflicts(strategy: MemoryStrategy, parallel: ParallelConfig, gpus: int, heads: int) -> Iterator[Problem]:
+    """What of [memory] and [parallel] cannot go together on `gpus` GPUs with a model of `heads` heads."""
+    name, where = parallel.strategy, "parallel.strategy"
+    if (name == "single") != (gpus == 1):
+        yield Problem(f"{gpus} GPUs under {name!r}", where, 'use "single" on one GPU and an engine on several')
+    yield from _sequence_conflicts(strategy, parallel, gpus, heads)
+    offloads = {"optimizer": ("deepspeed_stage_2", "deepspeed_stage_3"), "parameters": ("deepspeed_stage_3",)}
+    if parallel.offload != "none" and name not in offloads[parallel.offload]:
+        remedy = f'leave it out, or use parallel.strategy = "{offloads[parallel.offload][-1]}"'
+        yield Problem(f"{name} does not keep it in host memory", "parallel.offload", remedy)
+    if name not in ("single", "ddp"):
+        yield from _engine_conflicts(strategy, name)
+
+
+def _sequence_conflicts(strategy: MemoryStrategy, parallel: ParallelConfig, gpus: int, heads: int) -> Iterator[Problem]:
+    possible = degrees(heads, gpus)
+    if parallel.sp not in possible:
+        what = f"{gpus} GPUs and {heads} heads cannot be shared out {parallel.sp} ways"
+        yield Problem(what, "parallel.sp", f"use one of {', '.join(map(str, possible))}")
+    elif strategy.attention_head_groups > heads // parallel.sp:
+        what = f"a rank has {heads // parallel.sp} heads in attention"
+        yield Problem(what, "memory.attention_head_groups", f"at most {heads // parallel.sp}")
+
+
+def _engine_conflicts(strategy: MemoryStrategy, name: str) -> Iterator[Problem]:
+    """What is under DDP alone, where each rank's model is as on one GPU."""
+    remedy = 'leave it out, or use parallel.strategy = "ddp"'
+    if strategy.block_swap:
+        yield Problem(f"{name} moves the weights itself", "memory.block_swap", remedy)
+    if strategy.quantization != "none":
+        yield Problem(f"{name} cannot share out quantised weights", "memory.quantization", remedy)
+    if strategy.optimizer_offload:
+        yield Problem(f"{name} has the states itself", "memory.optimizer_offload", remedy)
+    if strategy.optimizer == "adamw8bit" and name != "fsdp2":
+        yield Problem(f"{name} updates weights in a row, not by parameter", "memory.optimizer", remedy)
+    if strategy.checkpoint_every > 1 and name in _SHARDED:
+        what = f"{name} would gather the blocks of a segment once more each"
+        yield Problem(what, "memory.checkpoint_every", remedy)
