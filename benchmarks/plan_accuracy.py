@@ -185,7 +185,7 @@ class Planned:
 
 
 def planned(case: Case) -> Planned:
-    """From a recording of three blocks, or of all where segments of several are checkpointed, as the planner does it."""
+    """From a recording of three blocks, or of all where segments of several are checkpointed, as the planner does."""
     started = time.perf_counter()
     subject, memory = case.subject, case.memory
     few = build(subject, RECORDED_BLOCKS if memory.checkpoint_every == 1 else None)
@@ -197,7 +197,7 @@ def planned(case: Case) -> Planned:
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes that the process grew by at its peak, and the step's seconds."""
+    """Bytes that the process grew by at its peak, and the step's seconds of processor time."""
 
     nbytes: int
     seconds: float
@@ -214,16 +214,14 @@ def measured(name: str) -> Measured:
 
 def of_this_process(case: Case) -> Measured:
     """`measured` of this process, which must be new."""
-    _run(case.warm_up, None)
+    _run(case.warm_up, MemoryGauge(CPU))
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    gauge = MemoryGauge(CPU)
-    seconds = _run(case, gauge)
-    return Measured(gauge.stage_peak()[0], seconds)
+    return _run(case, MemoryGauge(CPU))
 
 
-def _run(case: Case, gauge: MemoryGauge | None) -> float:
-    """A step, as `training.trainer.Trainer` does it; the peak that `gauge` tells afterwards is the step's."""
+def _run(case: Case, gauge: MemoryGauge) -> Measured:
+    """A step, as `training.trainer.Trainer` does it."""
     torch.manual_seed(0)
     subject = case.subject
     transformer = _with_values(subject)
@@ -238,9 +236,8 @@ def _run(case: Case, gauge: MemoryGauge | None) -> float:
         closing(optimizer) if offloaded else nullcontext(),
         apply(transformer, subject.spec, case.memory, Path(scratch)),
     ):
-        if gauge is not None:
-            gauge.begin_stage()
-        started = time.perf_counter()
+        gauge.begin_stage()
+        started = time.process_time()
         for _ in range(case.micro_batches):
             batch = _batch(case)
             with compute_in(transformer, subject.spec, subject.training.precision, CPU):
@@ -248,7 +245,8 @@ def _run(case: Case, gauge: MemoryGauge | None) -> float:
                 backend.backward(loss)
         assert backend.clip(subject.training.clip_norm) > 0
         backend.step(skip=False)
-        return time.perf_counter() - started
+        # before the strategy is taken off, which reads weights back from the disk
+        return Measured(gauge.stage_peak()[0], time.process_time() - started)
 
 
 def _with_values(subject: Subject) -> Any:

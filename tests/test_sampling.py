@@ -1,5 +1,6 @@
 """Sampling through diffusers' pipelines: the same video as theirs, and nothing left behind."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from longtake.lora import adapter_state, attach, load_adapter_state, save_adapte
 from longtake.models.wan.conditioning import pad_prompt
 from longtake.models.wan.encoders import encode_prompt, load_image_encoder, load_text_encoder, load_vae
 from longtake.models.wan.variants import variant
-from longtake.sampling import SampleRequest, check_request, sample
+from longtake.sampling import SampleRequest, check_request, encode_requests, sample, sample_encoded
 
 LORA = LoraConfig(rank=4, alpha=8.0, targets=("attention", "ffn"), dropout=0.5)
 SIZES = {"tiny-ti2v": (64, 32)}
@@ -112,20 +113,23 @@ def test_a_text_to_video_sample_is_diffusers_own_of_the_same_folder(tiny_root, t
     assert torch.equal(ours, theirs())
 
 
-@pytest.mark.parametrize("name", ["tiny-i2v", "tiny-flf2v"])
-def test_an_image_to_video_sample_is_that_of_diffusers_with_its_image_encoder(tiny_root, name):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["tiny-i2v", "tiny-flf2v", "tiny-ti2v"])
+def test_an_image_to_video_sample_is_that_of_diffusers_with_its_encoders(tiny_root, name, dtype):
     root = tiny_root(name)
-    asked = request(name)
-    text, clip = load_text_encoder(root, "cpu"), load_image_encoder(root, "cpu")
+    asked = request(name, image=picture(SIZES.get(name, (48, 32))), num_frames=9)
+    text = load_text_encoder(root, "cpu")
+    clip = load_image_encoder(root, "cpu") if variant(name).has_image_encoder else None
     embeds = [pad_prompt(encode_prompt(text, prompt), 512)[None] for prompt in (asked.prompt, "")]
     pipeline = WanImageToVideoPipeline(
         tokenizer=text.tokenizer,
         text_encoder=text.model,
         vae=load_vae(root, "cpu"),
         scheduler=scheduler(),
-        image_processor=clip.processor,
-        image_encoder=clip.model,
-        transformer=load(root),
+        image_processor=clip and clip.processor,
+        image_encoder=clip and clip.model,
+        transformer=load(root, dtype),
+        expand_timesteps=variant(name).spec.expand_timesteps,
     )
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
@@ -133,7 +137,27 @@ def test_an_image_to_video_sample_is_that_of_diffusers_with_its_image_encoder(ti
         last_image=None if asked.last_image is None else as_pillow(asked.last_image),
         prompt_embeds=embeds[0],
         negative_prompt_embeds=embeds[1],
-        width=48,
+        width=asked.size[0],
+        height=asked.size[1],
+        num_frames=9,
+        num_inference_steps=2,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(3),
+        output_type="pt",
+    )
+    ours = sample(root, variant(name).spec, {"transformer": load(root, dtype)}, asked, "cpu")
+    assert torch.equal(ours, as_bytes(theirs))
+
+
+def test_a_ti2v_sample_of_a_prompt_alone_is_that_of_diffusers(tiny_root):
+    root = tiny_root("tiny-ti2v")
+    pipeline = WanPipeline.from_pretrained(root, expand_timesteps=True)
+    pipeline.scheduler = scheduler()
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        "a rabbit &amp; a bird",
+        "",
+        width=64,
         height=32,
         num_frames=5,
         num_inference_steps=2,
@@ -141,7 +165,41 @@ def test_an_image_to_video_sample_is_that_of_diffusers_with_its_image_encoder(ti
         generator=torch.Generator().manual_seed(3),
         output_type="pt",
     )
-    assert torch.equal(run(root, name), as_bytes(theirs))
+    assert torch.equal(run(root, "tiny-ti2v"), as_bytes(theirs))
+
+
+@pytest.mark.parametrize("name", ["tiny-t2v", "tiny-i2v", "tiny-flf2v", "tiny-ti2v"])
+def test_requests_encoded_together_sample_the_same_without_their_encoders(tiny_root, tmp_path, name):
+    root, spec = tiny_root(name), variant(name).spec
+    size = SIZES.get(name, (48, 32))
+    asked = [request(name, negative_prompt="fog"), request(name, prompt="a bird", guidance_scale=1.0, seed=4)]
+    if spec.task != "t2v":
+        asked[1] = replace(asked[1], image=picture(size, 7))
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    encoded = encode_requests(root, spec, asked, "cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [each.request for each in encoded] == asked
+    assert encoded[1].negative_prompt_embeds is None
+    assert [each.image_inputs is None for each in encoded] == [not each.images for each in asked]
+    shutil.copytree(root / "vae", tmp_path / "vae")  # no other encoder is there any more
+    transformers = {"transformer": load(root)}
+    for each in encoded:
+        alone = sample(root, spec, transformers, each.request, "cpu")
+        assert torch.equal(sample_encoded(tmp_path, spec, transformers, each, "cpu"), alone)
+
+
+def test_no_request_loads_no_encoder(tmp_path):
+    assert encode_requests(tmp_path, variant("tiny-i2v").spec, [], "cpu") == []
+
+
+def test_a_damaged_vae_is_said_before_the_denoising(tiny_root, tmp_path):
+    root, spec = tiny_root("tiny-t2v"), variant("tiny-t2v").spec
+    (encoded,) = encode_requests(root, spec, [request("tiny-t2v")], "cpu")
+    steps = []
+    with pytest.raises(ModelError, match="vae"):
+        sample_encoded(tmp_path, spec, {"transformer": load(root)}, encoded, "cpu", steps.append)
+    assert steps == []
 
 
 @pytest.mark.parametrize("name", ["tiny-i2v", "tiny-ti2v"])

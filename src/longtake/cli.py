@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
 import typer
 
+from longtake import cli_options as options
 from longtake.errors import ConfigError, LongtakeError, Problem
 
 if TYPE_CHECKING:
@@ -19,10 +20,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-ConfigArgument = Annotated[Path, typer.Argument(help="The run's TOML file.")]
-SetOption = Annotated[Optional[list[str]], typer.Option("--set", help="section.key=value; may be repeated.")]  # noqa: UP045
-
 
 UsageError: Any = typer.BadParameter.__mro__[2]
 """Root of what typer raises for a wrong command line; it brings its own copy of click, or none, by its version."""
@@ -81,7 +78,7 @@ def inspect(
 
 
 @app.command()
-def prepare(config: ConfigArgument, assignments: SetOption = None) -> None:
+def prepare(config: options.ConfigArgument, assignments: options.SetOption = None) -> None:
     """Encode clips and captions into the conditioning cache; resumable, shared among ranks."""
     loaded = _load(config, assignments)
     _quiet_libraries()
@@ -103,32 +100,67 @@ def prepare(config: ConfigArgument, assignments: SetOption = None) -> None:
 
 
 @app.command()
+def plan(
+    config: options.OptionalConfig = None,
+    model: Annotated[str, typer.Option("--model", help="Variant name, path or hub id.")] = "",
+    num_frames: options.FramesOrMax = None,
+    size: Annotated[str, typer.Option("--size", help="WIDTHxHEIGHT.")] = "",
+    method: Annotated[str, typer.Option("--method", help="lora or full.")] = "",
+    budget: options.Budget = None,
+    gpu: Annotated[str, typer.Option("--gpu", help="A device's name: h100-sxm, rtx-4090, ...; cpu.")] = "",
+    gpus: options.Gpus = 1,
+    host_memory: Annotated[str, typer.Option("--host-memory", help="Host memory to use: 64GiB.")] = "",
+    json_file: Annotated[str, typer.Option("--json", help="File to write as JSON, or - for the terminal.")] = "",
+    html: Annotated[Optional[Path], typer.Option("--html", help="Page to write.")] = None,  # noqa: UP045
+    output: Annotated[Optional[Path], typer.Option("-o", "--output", help="TOML to write.")] = None,  # noqa: UP045
+    height: options.Height = None,
+    width: options.Width = None,
+    checkpointing: options.Checkpointing = False,
+    checkpointing_offload: options.CheckpointingOffload = False,
+    strategy: options.Strategy = None,
+    rank: options.Rank = None,
+    targets: options.Targets = None,
+    accumulation: options.Accumulation = None,
+    assignments: options.SetOption = None,
+) -> None:
+    """Say what training will need under each memory strategy, and which is the fastest that fits; no GPU is needed."""
+    from longtake.config.flags import Flags
+    from longtake.planner.command import Asked, answer
+
+    flags = Flags(
+        budget=budget,
+        height=height,
+        width=width,
+        use_gradient_checkpointing=checkpointing,
+        use_gradient_checkpointing_offload=checkpointing_offload,
+        training_strategy=strategy,
+        lora_rank=rank,
+        lora_target_modules=targets,
+        gradient_accumulation_steps=accumulation,
+    )
+    asked = Asked(config, model, num_frames or "", size, method, gpu, gpus, host_memory, tuple(assignments or ()))
+    status = answer(asked, flags, json_file, html, output)
+    if status:
+        raise typer.Exit(status)
+
+
+@app.command()
 def train(
-    config: ConfigArgument,
+    config: options.ConfigArgument,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in output.run.")] = False,
-    assignments: SetOption = None,
-    gpus: Annotated[int, typer.Option("--gpus", help="GPUs to use.")] = 1,
-    budget: Annotated[Optional[str], typer.Option("--budget", help="Device memory to use: 24GiB.")] = None,  # noqa: UP045
-    num_frames: Annotated[Optional[int], typer.Option("--num-frames", "--num_frames")] = None,  # noqa: UP045
-    height: Annotated[Optional[int], typer.Option("--height")] = None,  # noqa: UP045
-    width: Annotated[Optional[int], typer.Option("--width")] = None,  # noqa: UP045
-    checkpointing: Annotated[
-        bool, typer.Option("--use-gradient-checkpointing", "--use_gradient_checkpointing")
-    ] = False,
-    checkpointing_offload: Annotated[
-        bool, typer.Option("--use-gradient-checkpointing-offload", "--use_gradient_checkpointing_offload")
-    ] = False,
-    strategy: Annotated[Optional[str], typer.Option("--training-strategy", "--training_strategy")] = None,  # noqa: UP045
-    lora_rank: Annotated[Optional[int], typer.Option("--lora-rank", "--lora_rank")] = None,  # noqa: UP045
-    lora_targets: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--lora-target-modules", "--lora_target_modules", help="Comma-separated."),
-    ] = None,
-    learning_rate: Annotated[Optional[float], typer.Option("--learning-rate", "--learning_rate")] = None,  # noqa: UP045
-    accumulation: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--gradient-accumulation-steps", "--gradient_accumulation_steps"),
-    ] = None,
+    assignments: options.SetOption = None,
+    gpus: options.Gpus = 1,
+    budget: options.Budget = None,
+    num_frames: options.Frames = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    checkpointing: options.Checkpointing = False,
+    checkpointing_offload: options.CheckpointingOffload = False,
+    strategy: options.Strategy = None,
+    rank: options.Rank = None,
+    targets: options.Targets = None,
+    learning_rate: options.LearningRate = None,
+    accumulation: options.Accumulation = None,
 ) -> None:
     """Train, or continue with --resume; every flag beats the TOML."""
     from longtake.config.flags import Flags
@@ -141,8 +173,8 @@ def train(
         use_gradient_checkpointing=checkpointing,
         use_gradient_checkpointing_offload=checkpointing_offload,
         training_strategy=strategy,
-        lora_rank=lora_rank,
-        lora_target_modules=lora_targets,
+        lora_rank=rank,
+        lora_target_modules=targets,
         learning_rate=learning_rate,
         gradient_accumulation_steps=accumulation,
     )
@@ -150,11 +182,13 @@ def train(
     if gpus != 1:
         raise ConfigError(Problem(f"{gpus} GPUs were asked for", "--gpus", "this version trains on one device"))
     _quiet_libraries()
+    from longtake.planner.request import is_open, planned_run
     from longtake.progress import Reporter
     from longtake.training.run import train as train_run
     from longtake.web.report import write_report
 
-    run = train_run(loaded, resume, Reporter())
+    loaded, planned = planned_run(loaded) if is_open(loaded) else (loaded, None)
+    run = train_run(loaded, resume, Reporter(), planned)
     print(f"report:  {write_report(run)}")
     print(f"result:  {run / ('adapter.safetensors' if loaded.lora else 'transformer')}")
 

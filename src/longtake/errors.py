@@ -54,3 +54,9 @@ class CacheError(InputError):
 
 class RunError(LongtakeError):
     """A failure at run time (disk full, non-finite loss, interrupted): exit status 1."""
+
+
+class NothingFits(LongtakeError):
+    """No memory strategy fits the budget: exit status 3."""
+
+    exit_status = 3

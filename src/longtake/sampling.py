@@ -7,17 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from diffusers import (
-    AutoencoderKLWan,
-    UniPCMultistepScheduler,
-    WanImageToVideoPipeline,
-    WanPipeline,
-    WanTransformer3DModel,
-)
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
@@ -25,9 +18,12 @@ from longtake.errors import ConfigError, Problem, RunError
 from longtake.models.spec import ModelSpec
 from longtake.models.wan import encoders
 from longtake.models.wan.conditioning import image_condition, pad_prompt
+from longtake.models.wan.pipelines import ImageInputs, image_pipeline, text_pipeline
 
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -59,16 +55,14 @@ class SampleRequest:
 class EncodedRequest:
     """A request, and in host memory what the encoders make of it.
 
-    `prompt_embeds` are padded to 512 tokens, as in training; `negative_prompt_embeds` is None without guidance,
-    `image_embeds` where the model takes none. `condition` is None without an image; else the normalised latents of the
-    first frame where timesteps are per token (`spec.expand_timesteps`), and mask and latents of `image_condition`.
+    Prompts are padded to 512 tokens, as in training. `negative_prompt_embeds` is None without guidance, `image_inputs`
+    without an image.
     """
 
     request: SampleRequest
     prompt_embeds: Float[Tensor, "1 tokens dim"]
     negative_prompt_embeds: Float[Tensor, "1 tokens dim"] | None
-    image_embeds: Float[Tensor, "images tokens dim"] | None
-    condition: Float[Tensor, "1 channels frames height width"] | None
+    image_inputs: ImageInputs | None
 
 
 def sample(
@@ -81,8 +75,7 @@ def sample(
 ) -> UInt8[Tensor, "frames 3 height width"]:
     """A video, uint8 [frames, 3, height, width] on the CPU, as a function of `request` and the weights.
 
-    Everything happens beside the transformers: `encode_requests`, then `sample_encoded`, which see for arguments and
-    errors. Who samples often, or has no room for an encoder there, calls the two.
+    `encode_requests`, then `sample_encoded`, which see for arguments and errors, both beside the transformers.
     """
     (encoded,) = encode_requests(root, spec, [request], device)
     return sample_encoded(root, spec, transformers, encoded, device, on_step)
@@ -98,20 +91,20 @@ def encode_requests(
     """
     for request in requests:
         check_request(request, spec)
+    if not requests:
+        return []
     device = torch.device(device)
     with _random_state_of(device), torch.no_grad():
         embeds = _prompt_embeds(root, spec, requests, device)
-        images = _image_embeds(root, spec, requests, device)
-        conditions = _conditions(root, spec, requests, device)
+        images = _image_inputs(root, spec, requests, device)
     return [
         EncodedRequest(
             request,
             embeds[request.prompt],
             embeds[request.negative_prompt] if request.guidance_scale > 1 else None,
-            image_embeds,
-            condition,
+            inputs,
         )
-        for request, image_embeds, condition in zip(requests, images, conditions, strict=True)
+        for request, inputs in zip(requests, images, strict=True)
     ]
 
 
@@ -130,8 +123,8 @@ def sample_encoded(
     ModelError for a damaged VAE, RunError where the video is not finite.
     """
     device = torch.device(device)
-    vae = encoders.load_vae(root, "cpu")  # first, as nobody wants to hear of a damaged file after the denoising
     with _random_state_of(device), _evaluating(transformers.values()), torch.no_grad():
+        vae = encoders.load_vae(root, "cpu")  # first: nobody wants to hear of a damaged file after the denoising
         latents = _denoise(spec, transformers, encoded, device, on_step)
         encoders.release()
         frames = _decode(vae.to(device), latents)
@@ -146,42 +139,20 @@ def check_request(request: SampleRequest, spec: ModelSpec) -> None:
         raise ConfigError(problems)
 
 
-class _ReadyImagePipeline(WanImageToVideoPipeline):
-    """The image-to-video pipeline with CLIP's tokens and the images' latents computed beforehand.
-
-    It refuses `image` and `image_embeds` in one call, although it needs both, and would keep the encoders loaded.
-    """
-
-    ready: EncodedRequest
-
-    def encode_image(self, *_: Any) -> Tensor | None:
-        """[images, tokens, dim], whatever the arguments."""
-        return self.ready.image_embeds
-
-    def prepare_latents(self, _image: Tensor, *drawn: Any) -> tuple[Tensor, ...]:
-        """Noise as the other pipeline draws it, the condition, and where timesteps are per token the mask of noise.
-
-        `drawn` are that pipeline's arguments, and the last image.
-        """
-        noise = WanPipeline.prepare_latents(self, *drawn[:-1])
-        assert self.ready.condition is not None
-        condition = self.ready.condition.to(noise)
-        if not self.config.expand_timesteps:
-            return noise, condition
-        mask = noise.new_ones(1, 1, *noise.shape[2:])
-        mask[:, :, 0] = 0
-        return noise, condition, mask
-
-
 def _denoise(
     spec: ModelSpec,
     transformers: Mapping[str, WanTransformer3DModel],
     encoded: EncodedRequest,
     device: torch.device,
     on_step: Callable[[int], None] | None,
-) -> Float[Tensor, "1 channels frames height width"]:
+) -> Float[Tensor, "1 channels latent_frames latent_height latent_width"]:
     """Denoised latents; all else that the pipeline had ends with this call."""
-    pipeline = _pipeline(spec, transformers, encoded)
+    shift, inputs = encoded.request.shift, encoded.image_inputs
+    pipeline: Any = (
+        text_pipeline(spec, transformers, shift)
+        if inputs is None
+        else image_pipeline(spec, transformers, shift, inputs)
+    )
     arguments = _arguments(encoded, device)
     if on_step is not None:
         arguments["callback_on_step_end"] = _callback(on_step)
@@ -190,38 +161,10 @@ def _denoise(
 
 
 def _decode(
-    vae: AutoencoderKLWan, latents: Float[Tensor, "1 channels frames height width"]
+    vae: AutoencoderKLWan, latents: Float[Tensor, "1 channels latent_frames latent_height latent_width"]
 ) -> UInt8[Tensor, "frames 3 height width"]:
     video = encoders.decode_latents(vae, latents)
     return _to_bytes(VideoProcessor().postprocess_video(video, "pt")[0])
-
-
-def _pipeline(
-    spec: ModelSpec, transformers: Mapping[str, WanTransformer3DModel], encoded: EncodedRequest
-) -> WanPipeline | WanImageToVideoPipeline:
-    known = {
-        "z_dim": spec.latent_channels,
-        "scale_factor_temporal": spec.temporal_stride,
-        "scale_factor_spatial": spec.spatial_stride,
-    }
-    components = {
-        "tokenizer": None,
-        "text_encoder": None,
-        "vae": SimpleNamespace(config=SimpleNamespace(**known)),  # nothing is encoded or decoded by the pipeline
-        "scheduler": UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=encoded.request.shift
-        ),
-        "boundary_ratio": spec.boundary_ratio,
-        "expand_timesteps": spec.expand_timesteps,
-        **{name: transformers[name] for name in spec.experts},
-    }
-    if encoded.condition is None:
-        pipeline = WanPipeline(**components)
-    else:
-        pipeline = _ReadyImagePipeline(**components)
-        pipeline.ready = encoded
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def _arguments(encoded: EncodedRequest, device: torch.device) -> dict[str, Any]:
@@ -250,46 +193,45 @@ def _prompt_embeds(
     """By text, and each text once."""
     prompts = [request.prompt for request in requests]
     texts = dict.fromkeys([*prompts, *(request.negative_prompt for request in requests if request.guidance_scale > 1)])
-    if not texts:
-        return {}
-    encoder = encoders.load_text_encoder(root, device)
-    embeds = {text: pad_prompt(encoders.encode_prompt(encoder, text), spec.text_tokens)[None].cpu() for text in texts}
-    del encoder
-    encoders.release()
-    return embeds
+
+    def encode(encoder: encoders.TextEncoder) -> dict[str, Tensor]:
+        return {text: pad_prompt(encoders.encode_prompt(encoder, text), spec.text_tokens)[None].cpu() for text in texts}
+
+    return _used_once(encoders.load_text_encoder, root, device, encode)
 
 
-def _image_embeds(
+def _image_inputs(
     root: Path, spec: ModelSpec, requests: Sequence[SampleRequest], device: torch.device
-) -> list[Float[Tensor, "images tokens dim"] | None]:
-    if not spec.image_tokens or not requests:
+) -> list[ImageInputs | None]:
+    given = [request for request in requests if request.images]
+    if not given:
         return [None] * len(requests)
-    encoder = encoders.load_image_encoder(root, device)
-    embeds: list[Tensor | None] = [
-        torch.stack([encoders.encode_image(encoder, image).cpu() for image in request.images]) for request in requests
-    ]
-    del encoder
-    encoders.release()
-    return embeds
+
+    def tokens(clip: encoders.ImageEncoder) -> list[Tensor | None]:
+        return [torch.stack([encoders.encode_image(clip, image).cpu() for image in each.images]) for each in given]
+
+    def conditions(vae: AutoencoderKLWan) -> list[Tensor]:
+        return [_condition(vae, spec, request) for request in given]
+
+    embeds = _used_once(encoders.load_image_encoder, root, device, tokens) if spec.image_tokens else [None] * len(given)
+    pairs = zip(embeds, _used_once(encoders.load_vae, root, device, conditions), strict=True)
+    inputs = iter([ImageInputs(*pair) for pair in pairs])
+    return [next(inputs) if request.images else None for request in requests]
 
 
-def _conditions(
-    root: Path, spec: ModelSpec, requests: Sequence[SampleRequest], device: torch.device
-) -> list[Float[Tensor, "1 channels frames height width"] | None]:
-    if not any(request.images for request in requests):
-        return [None] * len(requests)
-    vae = encoders.load_vae(root, device)
-    conditions = [_condition(vae, spec, request) for request in requests]
-    del vae
+def _used_once(
+    load: Callable[[Path, torch.device], Any], root: Path, device: torch.device, work: Callable[[Any], Made]
+) -> Made:
+    """What `work` makes of the loaded encoder, which is gone afterwards: no name here may hold it."""
+    made = work(load(root, device))
     encoders.release()
-    return conditions
+    return made
 
 
 def _condition(
     vae: AutoencoderKLWan, spec: ModelSpec, request: SampleRequest
-) -> Float[Tensor, "1 channels frames height width"] | None:
-    if request.image is None:
-        return None
+) -> Float[Tensor, "1 channels latent_frames latent_height latent_width"]:
+    assert request.image is not None
     if spec.expand_timesteps:
         return encoders.encode_video(vae, encoders.normalise_pixels(request.image)[None, :, None]).cpu()
     return image_condition(vae, request.image, request.last_image, request.num_frames)[None].cpu()

@@ -1,6 +1,7 @@
 """Validation: a loss that depends on the weights alone, and videos sampled on the way."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,9 @@ from PIL import Image
 
 from longtake.data.cache import Cache
 from longtake.data.loader import EntryReader
-from longtake.data.video import probe
+from longtake.data.video import probe, write_clip
 from longtake.errors import ConfigError
+from longtake.sampling import sample
 from longtake.training.model import TrainedModel, build_model, find_model
 from longtake.training.validation import SIGMAS, Validation
 from runs import CPU, SIDE, Scene
@@ -97,19 +99,55 @@ def test_samples_are_written_with_what_made_them(scenes: Scenes, tmp_path: Path)
     assert model.transformer.training
 
 
+@pytest.mark.parametrize("name", ["tiny-t2v", "tiny-i2v", "tiny-ti2v"])
+def test_what_is_prepared_samples_to_the_bit_as_at_first_without_an_encoder(
+    scenes: Scenes, tmp_path: Path, name: str
+) -> None:
+    image = tmp_path / "first.png"
+    Image.new("RGB", (80, 60), (200, 40, 40)).save(image)
+    samples = [{"prompt": "a red wall"}, {"prompt": "a wall"}]
+    if name != "tiny-t2v":
+        samples = [{**each, "image": str(image)} for each in samples]
+    validation, model = build(scenes(name), tmp_path, validation={"samples": samples, "sample_steps": 2})
+    shutil.copytree(validation.root / "vae", tmp_path / "vae")
+
+    late = validation.sample(model, 0, tmp_path / "late")
+    prepared = replace(validation)
+    assert prepared.encoded is None
+    prepared.prepare(model.spec)
+    prepared.root = tmp_path  # which has the VAE alone
+    prepared.prepare(model.spec)
+    for step in (0, 1):
+        early = prepared.sample(model, step, tmp_path / "early")
+        assert [path.read_bytes() for path in early] == [path.read_bytes() for path in late]
+
+    transformers = {model.component: model.transformer}
+    for path, request in zip(late, validation.requests(model), strict=True):
+        frames = sample(validation.root, model.spec, transformers, request, CPU)
+        write_clip(frames, tmp_path / "again.mp4", float(model.spec.fps))
+        assert (tmp_path / "again.mp4").read_bytes() == path.read_bytes()
+
+
+def test_without_samples_no_encoder_is_looked_for(scenes: Scenes, tmp_path: Path) -> None:
+    validation, model = build(scenes("tiny-i2v"), tmp_path)
+    validation.root = tmp_path / "nowhere"
+    validation.prepare(model.spec)
+    assert validation.sample(model, 0, tmp_path) == []
+
+
 @pytest.mark.parametrize(
-    ("name", "sample", "what"),
+    ("name", "wanted", "what"),
     [
         ("tiny-i2v", {"prompt": "a"}, "makes a video from an image"),
         ("tiny-t2v", {"prompt": "a", "image": "x.png"}, "x.png"),
     ],
 )
 def test_samples_that_cannot_be_made_are_refused_before_training(
-    scenes: Scenes, tmp_path: Path, name: str, sample: dict[str, str], what: str
+    scenes: Scenes, tmp_path: Path, name: str, wanted: dict[str, str], what: str
 ) -> None:
-    validation, model = build(scenes(name), tmp_path, validation={"samples": [sample]})
+    validation, model = build(scenes(name), tmp_path, validation={"samples": [wanted]})
     with pytest.raises(Exception, match=what) as raised:
-        validation.requests(model)
+        validation.prepare(model.spec)
     assert raised.value.exit_status == 2
 
 

@@ -6,17 +6,26 @@ from typing import Any
 import tomlkit
 from pydantic import BaseModel
 
-from longtake.config.schema import RunConfig
+from longtake.config.schema import MemoryStrategy, RunConfig
 
 
 def to_toml(config: RunConfig, comments: bool = False) -> str:
-    """`config` as TOML text that loads to the same config."""
+    """`config` as TOML text that loads to the same config.
+
+    With `comments` the keys of [memory] that have their defaults are comments too: they are left to the planner.
+    """
     sections = []
     for name in RunConfig.model_fields:
         section = getattr(config, name)
         if section is not None:
-            sections.append("\n".join([f"[{name}]", *_keys(section, comments)]))
+            keys = _keys(section, comments)
+            sections.append("\n".join([f"[{name}]", *(_left_open(keys) if comments and name == "memory" else keys)]))
     return "\n\n".join(sections) + "\n"
+
+
+def _left_open(lines: list[str]) -> list[str]:
+    usual = _keys(MemoryStrategy(), comments=False)
+    return [f"# {line}" if line in usual and not line.startswith("budget") else line for line in lines]
 
 
 def _keys(section: BaseModel, comments: bool) -> list[str]:

@@ -30,15 +30,12 @@ def load_config(path: Path, overrides: Sequence[Override] = ()) -> RunConfig:
     Raises ConfigError with one problem for each wrong key or value.
     """
     text = _read(path)
-    table = _parsed(text, path)
-    for override in overrides:
-        _put(table, override)
-    try:
-        config = RunConfig.model_validate(table)
-    except ValidationError as error:
-        flags = {override.key: override.flag for override in overrides}
-        raise ConfigError(describe(error.errors(), str(path), text, flags)) from None
-    return absolute(config, path.resolve().parent)
+    return absolute(_validated(_parsed(text, path), text, str(path), overrides), path.resolve().parent)
+
+
+def config_of(table: Table, overrides: Sequence[Override]) -> RunConfig:
+    """The config of flags alone on top of `table`, paths relative to the working directory; raises ConfigError."""
+    return absolute(_validated(table, "", "", overrides), Path.cwd())
 
 
 def parse_set(assignments: Sequence[str]) -> list[Override]:
@@ -112,6 +109,16 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _validated(table: Table, text: str, where: str, overrides: Sequence[Override]) -> RunConfig:
+    for override in overrides:
+        _put(table, override)
+    try:
+        return RunConfig.model_validate(table)
+    except ValidationError as error:
+        flags = {override.key: override.flag for override in overrides}
+        raise ConfigError(describe(error.errors(), where, text, flags)) from None
 
 
 def _read(path: Path) -> str:

@@ -13,6 +13,7 @@ from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from longtake.models.wan import tiny
+from longtake.models.wan.encoders import computing_type
 from longtake.models.wan.variants import WanVariant
 from longtake.planner.operators import DeviceType
 
@@ -65,12 +66,14 @@ def vae(variant: WanVariant) -> AutoencoderKLWan:
 
 
 def text_encoder(variant: WanVariant) -> UMT5EncoderModel:
-    """UMT5 in the type that `load_text_encoder` gives it, which is that of the files.
+    """UMT5 in the type that `load_text_encoder` computes in, which `computing_type` tells from that of the files.
 
     Wan2.1's are in fp32 (22,723,671,744 bytes in five files, in the repositories of T2V-1.3B and I2V-14B-480P; the
     others' are taken to be the same), Wan2.2's in bf16 (11,361,851,208 bytes in three files, in that of TI2V-5B).
     """
-    return _text_encoder(bool(variant.hub_id), variant.hub_id.startswith(_LOWER_PRECISION))
+    config = UMT5_XXL if variant.hub_id else {"vocab_size": _TINY_VOCABULARY, **tiny.TEXT_ENCODER}
+    stored = torch.bfloat16 if variant.hub_id.startswith(_LOWER_PRECISION) else torch.float32
+    return _text_encoder(tuple(config.items()), computing_type(stored, config["d_model"]))
 
 
 def image_encoder(variant: WanVariant) -> CLIPVisionModel | None:
@@ -129,11 +132,9 @@ def _vae(generation: str, published: bool) -> AutoencoderKLWan:
 
 
 @cache
-def _text_encoder(published: bool, lower_precision: bool) -> UMT5EncoderModel:
-    config = UMT5_XXL if published else {"vocab_size": _TINY_VOCABULARY, **tiny.TEXT_ENCODER}
+def _text_encoder(config: tuple[tuple[str, Any], ...], dtype: torch.dtype) -> UMT5EncoderModel:
     with META:
-        model = UMT5EncoderModel(UMT5Config(**config))
-    return _frozen(model.to(torch.bfloat16) if lower_precision else model)
+        return _frozen(UMT5EncoderModel(UMT5Config(**dict(config))).to(dtype))
 
 
 @cache

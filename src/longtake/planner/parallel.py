@@ -83,14 +83,14 @@ def engines(strategy: MemoryStrategy, gpus: int, method: Method, heads: int) -> 
 def parallel_conflicts(strategy: MemoryStrategy, parallel: ParallelConfig, gpus: int, heads: int) -> Iterator[Problem]:
     """What of [memory] and [parallel] cannot go together on `gpus` GPUs with a model of `heads` heads."""
     name, where = parallel.strategy, "parallel.strategy"
-    if (name == "single") != (gpus == 1):
+    if name != "auto" and (name == "single") != (gpus == 1):
         yield Problem(f"{gpus} GPUs under {name!r}", where, 'use "single" on one GPU and an engine on several')
     yield from _sequence_conflicts(strategy, parallel, gpus, heads)
     offloads = {"optimizer": ("deepspeed_stage_2", "deepspeed_stage_3"), "parameters": ("deepspeed_stage_3",)}
-    if parallel.offload != "none" and name not in offloads[parallel.offload]:
+    if parallel.offload != "none" and name not in (*offloads[parallel.offload], "auto"):
         remedy = f'leave it out, or use parallel.strategy = "{offloads[parallel.offload][-1]}"'
         yield Problem(f"{name} does not keep it in host memory", "parallel.offload", remedy)
-    if name not in ("single", "ddp"):
+    if name not in ("auto", "single", "ddp"):
         yield from _engine_conflicts(strategy, name)
 
 

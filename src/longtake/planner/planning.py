@@ -29,7 +29,8 @@ MOST_FALLBACKS = 3
 class Request:
     """What is planned: `subject` on `machine`, for clips of `buckets`; `samples` says that a run samples videos.
 
-    `stages` says that the other stages are wanted too, which are traced for the published encoders.
+    `stages` says that the other stages are wanted too, which are traced for the published encoders. `as_asked` is a
+    strategy whose needs are told beside the plans', whatever is left open.
     """
 
     subject: Subject
@@ -38,6 +39,7 @@ class Request:
     freedom: Freedom
     samples: bool = False
     stages: bool = True
+    as_asked: MemoryStrategy | None = None
 
     @property
     def variant(self) -> WanVariant:
@@ -210,28 +212,34 @@ def _with_fallbacks(plans: Sequence[Plan]) -> Plan:
 
 
 def _references(request: Request, tracer: Tracer, search: Search) -> tuple[Plan, ...]:
-    """What people do without a planner: checkpointing alone, with the text and image encoders left on the device."""
-    if request.subject.lora is None and tracer.drops_out:
-        return ()
-    question = search.question
-    load = Load(question.bucket, 1, question.global_batch_size // question.machine.gpus > 1)
-    plain = search.candidate(MemoryStrategy(), load, 0)
+    """What was asked for; and what people do without a planner, the text and image encoders left on the device."""
+    plain = _reference(request, tracer, search, MemoryStrategy())
     encoders = [text_encoder_peak(request.variant, request.subject.device_type)]
     if (image := image_encoder_peak(request.variant, request.subject.device_type)) is not None:
         encoders.append(image)
-    own = _plan(replace(request, stages=False), tracer, search, plain, (), detailed=False)
     more = sum(encoder.weights_bytes for encoder in encoders)
-    beside = {**own.breakdown_bytes, "weights": own.breakdown_bytes["weights"] + more}
-    device = own.peak_bytes["device"] + more
+    device = plain.peak_bytes["device"] + more
     resident = replace(
-        own,
+        plain,
         name="plain checkpointing, encoders resident",
-        fits=own.fits and device <= request.machine.budget_bytes,
-        peak_bytes={**own.peak_bytes, "device": device},
-        allocated_bytes=own.allocated_bytes + more,
-        breakdown_bytes=beside,
+        fits=plain.fits and device <= request.machine.budget_bytes,
+        peak_bytes={**plain.peak_bytes, "device": device},
+        allocated_bytes=plain.allocated_bytes + more,
+        breakdown_bytes={**plain.breakdown_bytes, "weights": plain.breakdown_bytes["weights"] + more},
     )
-    return (resident, replace(own, name="plain checkpointing"))
+    found = (resident, replace(plain, name="plain checkpointing"))
+    if request.as_asked is None:
+        return found
+    asked = _reference(request, tracer, search, request.as_asked)
+    return (replace(asked, name=f"as your flags have it ({asked.name})"), *found)
+
+
+def _reference(request: Request, tracer: Tracer, search: Search, strategy: MemoryStrategy) -> Plan:
+    question = search.question
+    clips = question.freedom.micro_batch_size or 1
+    load = Load(question.bucket, clips, question.global_batch_size // question.machine.gpus > clips)
+    candidate = search.candidate(strategy, load, 0)
+    return _plan(replace(request, stages=False), tracer, search, candidate, (), detailed=False)
 
 
 def _notes(request: Request, prepared: Sequence[StagePeak]) -> tuple[str, ...]:

@@ -194,15 +194,15 @@ class Search:
             return resident
         if self.fits(resident) and 0 in numbers:
             return resident
-        last = resident
+        tried = []
         for place in freedom.choices("block_swap_from", "host", "disk"):
             over = self.excess(resident)
             chosen = next((n for n in numbers if n and self._saved(base, load, n) >= over), numbers[-1])
             swapped = base.model_copy(update={"block_swap": chosen, "block_swap_from": place})
-            last = self.candidate(swapped, load, resident.slack_bytes)
-            if self.fits(last):
+            tried.append(self.candidate(swapped, load, resident.slack_bytes))
+            if self.fits(tried[-1]):
                 break
-        return last
+        return min(tried, key=self.excess)
 
     def _saved(self, base: MemoryStrategy, load: Load, number: int) -> int:
         """Bytes on the device that swapping `number` blocks saves: their weights less the ring's buffers."""

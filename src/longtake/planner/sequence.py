@@ -122,7 +122,7 @@ def _scaled(work: Work, exchange: Exchange, backward: bool) -> tuple[Work, int]:
 
 
 def _evaluations(flops: int, own: int, other: int) -> tuple[int, int]:
-    """How often self- and cross-attention are in `flops`; of several answers the evenest, as a block has one of each."""
+    """How often self- and cross-attention are in `flops`; of several answers the evenest, as a block has both once."""
 
     def answers() -> Iterator[tuple[int, int, int]]:
         for own_times in range(flops // own + 1):

@@ -19,6 +19,7 @@ from longtake.config.schema import MemoryStrategy
 from longtake.models.wan.conditioning import image_condition
 from longtake.models.wan.encoders import TEXT_TOKENS, decode_latents, encode_video
 from longtake.models.wan.variants import WanVariant
+from longtake.models.weight_files import STAGING_BYTES
 from longtake.planner import encoders
 from longtake.planner.encoders import META, operators_of_encoders
 from longtake.planner.ledger import Ledger
@@ -27,6 +28,7 @@ from longtake.planner.plans import Bucket, StagePeak
 
 _TRACED_CHUNKS = 5
 """Chunks of frames that are traced at most: from the third on, each is as the one before but for what was encoded."""
+_UMT5 = "UMT5"
 _FP32 = 4
 _SHARD_BYTES = 10 * 10**9
 """diffusers' `save_pretrained` has files of this size (`max_shard_size`)."""
@@ -54,10 +56,7 @@ class SavePeak:
 def prepare_peaks(
     variant: WanVariant, buckets: Iterable[Bucket], device_type: DeviceType = "cuda"
 ) -> tuple[StagePeak, ...]:
-    """`longtake prepare`: an encoder after the other, each alone on the device; the VAE with its worst bucket.
-
-    On their way to a GPU the weights are in host memory.
-    """
+    """`longtake prepare`: an encoder after the other, each alone on the device; the VAE with its worst bucket."""
     worst, bucket = max(
         ((vae_encode_peak(variant, each, device_type), each) for each in buckets), key=lambda found: found[0].peak_bytes
     )
@@ -67,36 +66,21 @@ def prepare_peaks(
         if found is not None
     ]
     named = [(f"{worst.name}, {_words(bucket)}", worst), *((found.name, found) for found in others)]
-    return tuple(
-        StagePeak("prepare", what, found.peak_bytes, _on_host(found.weights_bytes, device_type))
-        for what, found in named
-    )
+    return tuple(_stage_peak("prepare", what, found, device_type) for what, found in named)
 
 
 def sampling_peaks(
     variant: WanVariant, bucket: Bucket, resident_bytes: int, device_type: DeviceType = "cuda"
 ) -> tuple[StagePeak, ...]:
-    """A sample during training, all but its denoising, beside the `resident_bytes` of what training keeps.
+    """A sample during training, all but its denoising: decoding beside the `resident_bytes` that training keeps.
 
-    In the order of `sampling.sample`: UMT5 alone, then the VAE, which stays to the end, and CLIP beside it; the image's
-    latents; after the denoising the video. Left out are prompt embeddings and latents, 0.2 GiB at 1280x720x81.
+    Prompts and images were encoded before the transformer was built (`Validation.prepare`), by the encoders of
+    `prepare_peaks`, each alone and with no more work than there: samples are of a bucket's size. Beside the denoising
+    there is no encoder; the VAE waits in host memory, and decodes when the pipeline is gone. Left out are prompt
+    embeddings and latents, 0.2 GiB at 1280x720x81.
     """
-    _, height, width = bucket
     decoded = vae_decode_peak(variant, bucket, device_type)
-    text, image = text_encoder_peak(variant, device_type), image_encoder_peak(variant, device_type)
-    needs = [(text.name, text.peak_bytes, text.weights_bytes)]
-    if image is not None:
-        needs.append((image.name, decoded.weights_bytes + image.peak_bytes, image.weights_bytes))
-    if variant.spec.task != "t2v":
-        # ti2v's first frame is encoded by itself; the others' stands at the head of a grey video
-        given = (1, height, width) if variant.spec.expand_timesteps else bucket
-        encoded = vae_encode_peak(variant, given, device_type)
-        needs.append(("VAE, encoding the image", encoded.peak_bytes, encoded.weights_bytes))
-    needs.append((f"{decoded.name}, {_words(bucket)}", decoded.peak_bytes, decoded.weights_bytes))
-    return tuple(
-        StagePeak("sampling", what, resident_bytes + device, _on_host(weights, device_type))
-        for what, device, weights in needs
-    )
+    return (_stage_peak("sampling", f"{decoded.name}, {_words(bucket)}", decoded, device_type, resident_bytes),)
 
 
 def vae_encode_peak(variant: WanVariant, bucket: Bucket, device_type: DeviceType = "cuda") -> EncoderPeak:
@@ -189,7 +173,7 @@ def _text_encoder_peak(model: Any, device_type: DeviceType) -> EncoderPeak:
         mask = torch.ones(1, 1, TEXT_TOKENS, TEXT_TOKENS, dtype=torch.bool, device=META)
         model(tokens, mask)
 
-    return _peak("UMT5", model, max(_bytes_over_time(model, encode, device_type)))
+    return _peak(_UMT5, model, max(_bytes_over_time(model, encode, device_type)))
 
 
 @cache
@@ -241,9 +225,12 @@ def _holding(model: nn.Module) -> Ledger:
     return ledger
 
 
-def _on_host(nbytes: int, device_type: DeviceType) -> int:
-    """0 on the CPU, where the device's bytes are the host's."""
-    return nbytes if device_type == "cuda" else 0
+def _stage_peak(
+    stage: Literal["prepare", "sampling"], what: str, peak: EncoderPeak, device_type: DeviceType, beside_bytes: int = 0
+) -> StagePeak:
+    """With the host memory through which the weights come to a GPU: UMT5's by parts (`read_weights`), others' whole."""
+    through = STAGING_BYTES if peak.name == _UMT5 else peak.weights_bytes
+    return StagePeak(stage, what, beside_bytes + peak.peak_bytes, through if device_type == "cuda" else 0)
 
 
 def _words(bucket: Bucket) -> str:

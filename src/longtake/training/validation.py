@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,7 +12,8 @@ from longtake.config.schema import RunConfig
 from longtake.data.cache import Entry
 from longtake.data.loader import EntryReader, Visit
 from longtake.data.video import read_image, write_clip
-from longtake.sampling import SampleRequest, check_request, sample
+from longtake.models.spec import ModelSpec
+from longtake.sampling import EncodedRequest, SampleRequest, check_request, encode_requests, sample_encoded
 from longtake.training.batch import Sample, collate, summed_loss
 from longtake.training.flow_matching import Draw, generator_for, quantile_of, sigma_at
 from longtake.training.model import TrainedModel
@@ -23,15 +24,28 @@ SIGMAS = 4
 MOST_CLIPS = 32
 
 
-@dataclass(frozen=True)
+@dataclass
 class Validation:
-    """Held-out `entries` of the last stage of the curriculum, and what to sample."""
+    """Held-out `entries` of the last stage of the curriculum, and what to sample.
+
+    `encoded` is what `prepare` leaves: prompts and images are the same at every validation.
+    """
 
     config: RunConfig
     entries: Sequence[Entry]
     reader: EntryReader
     root: Path
     device: torch.device
+    encoded: Sequence[EncodedRequest] | None = field(default=None, init=False)
+
+    def prepare(self, spec: ModelSpec) -> None:
+        """Encodes the prompts and images of the config's samples, once, into host memory.
+
+        Called before the transformer is built, so that no encoder is ever beside it; else the first `sample` does it.
+        Raises as `requests`, and ModelError where an encoder is missing or damaged.
+        """
+        if self.encoded is None:
+            self.encoded = encode_requests(self.root, spec, self._requests(spec), self.device)
 
     def loss(self, model: TrainedModel) -> float:
         """Mean loss over clips and sigmas: the same noise at every call, nothing dropped."""
@@ -49,10 +63,13 @@ class Validation:
 
     def sample(self, model: TrainedModel, step: int, folder: Path) -> list[Path]:
         """Writes `step-00000100-0.mp4` and a JSON beside it for each of the config's samples."""
+        self.prepare(model.spec)
+        transformers = {model.component: model.transformer}
         written = []
-        for index, request in enumerate(self.requests(model)):
+        for index, encoded in enumerate(self.encoded or ()):
+            request = encoded.request
             with compute_in(model.transformer, model.spec, self.config.training.precision, self.device):
-                frames = sample(self.root, model.spec, {model.component: model.transformer}, request, self.device)
+                frames = sample_encoded(self.root, model.spec, transformers, encoded, self.device)
             path = folder / f"step-{step:08d}-{index}.mp4"
             files.write_file(path, lambda staged, frames=frames: write_clip(frames, staged, float(model.spec.fps)))  # type: ignore[misc]
             files.write_json(path.with_suffix(".json"), {"step": step, "prompt": request.prompt, "seed": request.seed})
@@ -61,6 +78,9 @@ class Validation:
 
     def requests(self, model: TrainedModel) -> list[SampleRequest]:
         """The config's samples; raises where an image cannot be read or the model cannot follow one."""
+        return self._requests(model.spec)
+
+    def _requests(self, spec: ModelSpec) -> list[SampleRequest]:
         size, validation = self.config.data.size, self.config.validation
         requests = []
         for index, wanted in enumerate(validation.samples):
@@ -75,7 +95,7 @@ class Validation:
                 seed=index,
                 shift=self.config.training.shift,
             )
-            check_request(request, model.spec)
+            check_request(request, spec)
             requests.append(request)
         return requests
 

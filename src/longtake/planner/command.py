@@ -1,0 +1,147 @@
+"""What `longtake plan` does: flags and a config to a report on the terminal, as JSON, as a page, as a TOML."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from longtake import files
+from longtake.config.conflicts import check
+from longtake.config.flags import Flags, overrides
+from longtake.config.load import Override, config_of, load_config, parse_set
+from longtake.config.schema import LoraConfig, RunConfig
+from longtake.errors import ConfigError, NothingFits, Problem
+from longtake.models.libraries import quiet_libraries
+from longtake.planner.page import write_html
+from longtake.planner.plans import Report
+from longtake.planner.report import print_report, to_json
+from longtake.planner.toml import write_toml
+
+LONGEST = "max"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line says beside the flags that `train` has too; empty where nothing is said."""
+
+    config: Path | None
+    model: str
+    num_frames: str
+    size: str
+    method: str
+    gpu: str
+    gpus: int
+    host_memory: str
+    assignments: tuple[str, ...]
+
+
+def answer(asked: Asked, flags: Flags, json_file: str, html: Path | None, output: Path | None) -> int:
+    """Plans and says so; the exit status, 3 where nothing fits."""
+    config = _config(asked, flags)
+    quiet_libraries()
+    from longtake.planner.planning import longest_clip, plan
+    from longtake.planner.request import Where, request_of
+    from longtake.planner.tracer import Tracer
+
+    request, notes = request_of(config, Where(asked.gpu, asked.gpus, asked.host_memory))
+    if flags.use_gradient_checkpointing or flags.use_gradient_checkpointing_offload:
+        request = replace(request, as_asked=config.memory.model_copy(update={"fallbacks": ()}))
+    tracer = Tracer(request.subject)
+    if asked.num_frames == LONGEST:
+        most = longest_clip(request, tracer)
+        if most is not None:
+            notes.append(f"{most} frames are the most that fit")
+            _, height, width = request.worst
+            request = replace(request, buckets=((most, height, width),))
+            config = config.model_copy(update={"data": config.data.model_copy(update={"num_frames": most})})
+    report = plan(request, tracer)
+    report = replace(report, notes=(*notes, *report.notes), command=_command(report, output, asked))
+    _say(report, json_file)
+    if html is not None:
+        write_html(report, html)
+    if output is not None and report.chosen is not None:
+        _write_config(config, report, output)
+    return NothingFits.exit_status if report.chosen is None else 0
+
+
+def _say(report: Report, json_file: str) -> None:
+    text = json.dumps(to_json(report), indent=1) + "\n"
+    if json_file == "-":
+        sys.stdout.write(text)
+        return
+    if json_file:
+        files.write_text(Path(json_file), text)
+    print_report(report, Console())
+
+
+def _write_config(config: RunConfig, report: Report, output: Path) -> None:
+    assert report.chosen is not None
+    chosen = report.plans[report.chosen]
+    planned = replace(chosen, strategy=chosen.strategy.model_copy(update={"budget": config.memory.budget}))
+    header = [
+        f"{report.model}: {chosen.name}",
+        f"planned for {report.gpus} x {report.gpu}: {chosen.peak_bytes['device'] / 2**30:.1f} GiB on the device, "
+        f"{chosen.peak_bytes['host'] / 2**30:.1f} GiB of host memory, {chosen.step_seconds:.1f} s a step",
+        f"longtake train {output.name}",
+    ]
+    write_toml(config, planned, output, header)
+
+
+def _command(report: Report, output: Path | None, asked: Asked) -> str:
+    """What trains the chosen plan."""
+    if report.chosen is None:
+        return ""
+    if output is not None:
+        return f"longtake train {output}"
+    return f"longtake train {asked.config}" if asked.config else "longtake plan ... -o run.toml"
+
+
+def _config(asked: Asked, flags: Flags) -> RunConfig:
+    """The config with all that the command line says on top, which is printed."""
+    given = [*parse_set(asked.assignments), *_own(asked)]
+    given += overrides(flags, asked.config or Path(), given)
+    if asked.config is not None:
+        config = load_config(asked.config, given)
+    elif asked.model:
+        config = config_of({"data": {"source": "clips"}, "lora": {}, "output": {"run": "runs/planned"}}, given)
+    else:
+        raise ConfigError(Problem("there is nothing to plan", "longtake plan", "give a config, or --model"))
+    if asked.method:
+        config = _with_method(config, asked.method)
+    said = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    for override in given:
+        said.print(f"{override.key} = {override.value!r}  ({override.flag})")
+    check(config)
+    return config
+
+
+def _own(asked: Asked) -> Iterator[Override]:
+    """What only `plan` can be told."""
+    if asked.model:
+        key = "model.path" if Path(asked.model).exists() else "model.name"
+        yield Override(key, asked.model, "--model")
+    if asked.num_frames and asked.num_frames != LONGEST:
+        yield Override("data.num_frames", _whole(asked.num_frames, "--num-frames"), "--num-frames")
+        if asked.config is not None:
+            yield Override("data.frames_schedule", [], "--num-frames")
+    if asked.size:
+        yield Override("data.size", [_whole(side, "--size") for side in asked.size.lower().split("x")], "--size")
+
+
+def _whole(text: str, flag: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        remedy = 'write a whole number, or "max"' if flag == "--num-frames" else "write WIDTHxHEIGHT: 832x480"
+        raise ConfigError(Problem(f"cannot read {text!r}", flag, remedy)) from None
+
+
+def _with_method(config: RunConfig, method: str) -> RunConfig:
+    if method not in ("lora", "full"):
+        raise ConfigError(Problem(f"there is no method {method!r}", "--method", "use lora or full"))
+    return config.model_copy(update={"lora": None if method == "full" else config.lora or LoraConfig()})

@@ -1,0 +1,168 @@
+"""From a config, or from flags alone, and the name of a device to what is planned; and a plan back into a config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from longtake.config.schema import RunConfig
+from longtake.data.buckets import check_shape, stage_frames
+from longtake.data.dataset import place, read_sources
+from longtake.errors import ConfigError, NothingFits, Problem
+from longtake.memory.accounting import free_for
+from longtake.models.wan.detection import decide, detect
+from longtake.models.wan.variants import VARIANTS, WanVariant, variant
+from longtake.planner.candidates import Freedom
+from longtake.planner.hardware import DEVICES, Device, device, measure_cpu, recognise
+from longtake.planner.machine import Machine
+from longtake.planner.meta_model import Subject
+from longtake.planner.planning import Request, plan
+from longtake.planner.plans import Bucket, Report
+from longtake.planner.report import to_json
+from longtake.planner.words import why_not
+from longtake.training.planned import Planned, PlannedStrategy
+from longtake.units import format_bytes, parse_bytes
+
+HOST_BYTES = 128 * 2**30
+DISK_BYTES = 512 * 2**30
+"""What a machine that is only named is taken to have of either, for each GPU: what a rented one usually has."""
+USUAL = "h100-sxm"
+UNPINNED = ("budget", "fallbacks")
+
+
+@dataclass(frozen=True)
+class Where:
+    """What the user says of the machine; empty where nothing is said."""
+
+    gpu: str = ""
+    gpus: int = 1
+    host_memory: str = ""
+
+
+def request_of(config: RunConfig, where: Where) -> tuple[Request, list[str]]:
+    """What is planned for `config`, and what was assumed; raises ConfigError, ModelError or DataError."""
+    found = _variant(config)
+    machine, notes = _machine(config, where, found)
+    subject = Subject(found, config.lora, config.training, config.model.dtype, "cpu" if machine.is_cpu else "cuda")
+    chosen = config.memory.model_fields_set.difference(UNPINNED)
+    pinned = {name: getattr(config.memory, name) for name in sorted(chosen)}
+    micro = config.training.micro_batch_size if "micro_batch_size" in config.training.model_fields_set else None
+    freedom = Freedom(pinned, micro)
+    samples = bool(config.validation.samples)
+    return Request(subject, machine, _buckets(config, found), freedom, samples), notes
+
+
+def planned_run(config: RunConfig) -> tuple[RunConfig, Planned]:
+    """`config` with the fastest strategy that fits this machine and its budget; raises NothingFits."""
+    request, _ = request_of(config, Where())
+    report = plan(request)
+    if report.chosen is None:
+        raise nothing_fits(report)
+    chosen = report.plans[report.chosen]
+    memory = chosen.strategy.model_copy(update={"budget": config.memory.budget})
+    training = config.training.model_copy(update={"micro_batch_size": chosen.micro_batch_size})
+    seconds = {needs.bucket: needs.step_seconds for needs in chosen.buckets}
+    strategies = [
+        PlannedStrategy(
+            each.strategy.model_copy(update={"fallbacks": ()}),
+            each.peak_bytes["device"],
+            each.peak_bytes["host"],
+            each.step_seconds,
+            seconds if each is chosen else {},
+        )
+        for each in report.plans
+        if each is chosen or each.strategy in memory.fallbacks
+    ]
+    run = config.model_copy(update={"memory": memory, "training": training})
+    return run, Planned(tuple(strategies), to_json(report))
+
+
+def nothing_fits(report: Report) -> NothingFits:
+    """The error that names the nearest plan and what would make it fit, one problem a line."""
+    budget = format_bytes(report.budget_bytes)
+    if not report.plans:
+        return NothingFits(Problem(f"nothing fits {budget}", "memory.budget"))
+    nearest = report.plans[0]
+    needs = format_bytes(nearest.peak_bytes["device"])
+    what = f"nothing fits {budget}; the nearest, {nearest.name}, needs {needs} ({why_not(report, nearest)})"
+    changes = [
+        Problem(f"with {each.change} it would need {format_bytes(each.device_bytes)}", "memory.budget")
+        for each in report.advice
+    ]
+    return NothingFits([Problem(what, "memory.budget"), *changes])
+
+
+def is_open(config: RunConfig) -> bool:
+    """Whether a run of `config` is planned: it has a budget, or a GPU and a [memory] that decides nothing."""
+    if config.memory.budget != "auto":
+        return True
+    return torch.cuda.is_available() and not config.memory.model_fields_set.difference(UNPINNED)
+
+
+def _variant(config: RunConfig) -> WanVariant:
+    model = config.model
+    if model.path:
+        path = Path(model.path)
+        if not path.exists():
+            raise ConfigError(Problem(f"there is no {path}", "model.path"))
+        return decide(detect(path), path, model.name)
+    published = {row.hub_id.lower(): row for row in VARIANTS.values() if row.hub_id}
+    return published.get(model.name.lower()) or variant(model.name)
+
+
+def _machine(config: RunConfig, where: Where, found: WanVariant) -> tuple[Machine, list[str]]:
+    chosen, local, notes = _device(where, config, found)
+    given = config.memory.budget
+    disk = free_for(torch.device("cpu"), Path(config.output.run)).disk_bytes if local else DISK_BYTES
+    host = HOST_BYTES * where.gpus
+    if chosen.generation == "cpu":
+        free = psutil.virtual_memory().available
+        host = free
+    elif local:
+        free, host = torch.cuda.mem_get_info()[0], free_for(torch.device("cuda"), Path(config.output.run)).host_bytes
+    else:
+        free = chosen.memory_bytes
+        if not where.host_memory:
+            notes.append(f"host memory is taken to be {format_bytes(host)}; say what it is with --host-memory")
+    if where.host_memory:
+        host = parse_bytes(where.host_memory, "--host-memory")
+    budget = free if given == "auto" else parse_bytes(given, "memory.budget")
+    if budget > chosen.memory_bytes and not local:
+        what = f"the budget is {format_bytes(budget)} and a {chosen.name} has {format_bytes(chosen.memory_bytes)}"
+        raise ConfigError(Problem(what, "memory.budget", "lower it, or name another --gpu"))
+    return Machine(chosen, where.gpus, budget, host, disk), notes
+
+
+def _device(where: Where, config: RunConfig, found: WanVariant) -> tuple[Device, bool, list[str]]:
+    """The device that is named, or the one that is here, or the usual one; whether it is here; what was assumed."""
+    if where.gpu and where.gpu != "cpu":
+        return device(where.gpu), False, []
+    if not where.gpu and torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        known = recognise(name)
+        if known is not None:
+            return known, True, []
+        return DEVICES[USUAL], True, [f"no rates are known for {name}: times are those of {USUAL}"]
+    if where.gpu or not found.hub_id:
+        return measure_cpu(config.training.precision), True, []
+    return DEVICES[USUAL], False, [f"there is no GPU here: planned for {USUAL}; name yours with --gpu"]
+
+
+def _buckets(config: RunConfig, found: WanVariant) -> tuple[Bucket, ...]:
+    """Those of the clips where they are here, else those of the curriculum."""
+    width, height = config.data.size
+    stages = stage_frames(config.data.num_frames, config.data.frames_schedule)
+    shapes = dict.fromkeys(frames for _, frames in stages)
+    if problems := [each for frames in shapes for each in check_shape(found.spec, frames, config.data.size)]:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    curriculum = tuple(dict.fromkeys((frames, height, width) for _, frames in stages))
+    if not Path(config.data.source).exists():
+        return curriculum
+    said: list[str] = []
+    sources = read_sources(config.data, found.spec, said.append)
+    placed = place(sources, config.data, found.spec, config.training.seed, said.append)
+    own = (item.clip.bucket for item in placed if item.split == "train")
+    return tuple(dict.fromkeys((bucket.frames, bucket.height, bucket.width) for bucket in own)) or curriculum

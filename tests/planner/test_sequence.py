@@ -1,0 +1,124 @@
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from longtake.config.schema import LoraConfig, MemoryStrategy, ParallelConfig, TrainingConfig
+from longtake.models.wan.variants import variant
+from longtake.planner.composition import Composed, compose
+from longtake.planner.events import KINDS, Compute, Copy
+from longtake.planner.hardware import device
+from longtake.planner.meta_model import Subject, build, meta_batch
+from longtake.planner.parallel import distribute, sizes_of
+from longtake.planner.rank_items import Rank
+from longtake.planner.recording import record, structure_of
+from longtake.planner.sequence import degrees, exchange_of, exchanged, rank_shape
+from longtake.planner.timeline import simulate
+from longtake.planner.update import record_update
+
+BUCKET = (17, 96, 160)
+"""In the tiny models 5 x 6 x 10 tokens."""
+KEPT = {"gradient_checkpointing": "block_keep_attention"}
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "no checkpointing": {"gradient_checkpointing": "none"},
+    "block": {},
+    "attention kept": KEPT,
+    "in slices": {"slices": 4, "attention_head_groups": 2},
+    "in slices, attention kept and offloaded": {"slices": 4, "activation_offload": "host", **KEPT},
+    "two blocks at a time": {"checkpoint_every": 2},
+}
+
+
+def composed_of(name: str, fields: dict[str, Any], sp: int, bucket: tuple[int, int, int] = BUCKET) -> Composed:
+    """A rank's step as it is recorded; `sp` is that of its batch."""
+    found = variant(name)
+    subject = Subject(found, LoraConfig(rank=8), TrainingConfig())
+    strategy, model = MemoryStrategy(**fields), build(subject)
+    recording = record(model, structure_of(strategy), meta_batch(subject.spec, bucket, 2, sp), False)
+    return compose(recording, record_update(model, strategy), strategy, subject.blocks, False)
+
+
+def rank_of(name: str, fields: dict[str, Any], sp: int) -> Composed:
+    rank, composed = Rank(), composed_of(name, fields, sp)
+    exchanged(composed.micro_batch, exchange_of(variant(name).spec, BUCKET, 2, sp), rank)
+    return replace(composed, micro_batch=rank.taken())
+
+
+def work(composed: Composed, field: str) -> int:
+    return sum(getattr(each.work, field) for each in composed.micro_batch if isinstance(each, Compute))
+
+
+@pytest.mark.parametrize("fields", STRATEGIES.values(), ids=STRATEGIES)
+@pytest.mark.parametrize("name", ["tiny-t2v", "tiny-i2v", "tiny-ti2v"])
+def test_ranks_together_do_the_attention_of_one(name: str, fields: dict[str, Any]) -> None:
+    alone, shared = composed_of(name, fields, 1), rank_of(name, fields, 5)
+    assert 5 * work(shared, "attention_flops") == work(alone, "attention_flops")
+    assert 5 * work(shared, "attention_backward_flops") == work(alone, "attention_backward_flops")
+
+
+@pytest.mark.parametrize(("name", "times"), [("block", 3), ("attention kept", 3), ("no checkpointing", 2)])
+def test_four_tensors_are_exchanged_in_each_pass_of_each_block(name: str, times: int) -> None:
+    found = variant("tiny-i2v")
+    blocks, spec = int(found.transformer_config["num_layers"]), found.spec
+    shared = rank_of("tiny-i2v", STRATEGIES[name], 5)
+    tensor = 2 * 60 * spec.heads * spec.head_dim * 2  # clips, tokens, heads, head_dim, bytes
+    sent = [each.nbytes for each in shared.micro_batch if isinstance(each, Copy) and each.queue == "network"]
+    assert sum(sent) == blocks * times * 4 * (tensor * 4 // 5)
+
+
+def test_exchanges_are_waited_for_and_their_buffers_counted() -> None:
+    composed, shared = composed_of("tiny-i2v", {}, 5), rank_of("tiny-i2v", {}, 5)
+    spec = variant("tiny-i2v").spec
+    before, after = (
+        next(each.held for each in given.micro_batch if isinstance(each, Compute) and each.label == "forward 1")
+        for given in (composed, shared)
+    )
+    difference = {kind: b - a for kind, a, b in zip(KINDS, before, after, strict=True) if a != b}
+    tensor = 2 * 60 * spec.heads * spec.head_dim * 2
+    assert difference == {"buffers": 4 * -(-tensor // 512) * 512}
+    slow = replace(device("h100-sxm"), peer_bytes_per_second=1e6)
+    timeline = simulate(shared.micro_batch, slow)
+    copied = sum(each.nbytes for each in shared.micro_batch if isinstance(each, Copy))
+    assert timeline.stalled_seconds == pytest.approx(copied / 1e6)
+    assert timeline.bound_by == "network"
+
+
+def test_a_rank_of_two_has_half_the_activations() -> None:
+    bucket, index = (81, 480, 832), KINDS.index("checkpoints")
+    peaks = [composed_of("tiny-t2v", {}, sp, bucket).peak[index] for sp in (1, 2, 4)]
+    assert peaks[1] == pytest.approx(peaks[0] / 2, rel=0.01)
+    assert peaks[2] == pytest.approx(peaks[0] / 4, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["wan2.1-i2v-14b-480p", "wan2.2-ti2v-5b"])
+@pytest.mark.parametrize("bucket", [(129, 480, 832), (81, 704, 1280), (1, 512, 512), (17, 96, 160)])
+@pytest.mark.parametrize("sp", [1, 2, 3, 5, 8])
+def test_a_rank_has_its_tokens_and_hardly_more(name: str, bucket: tuple[int, int, int], sp: int) -> None:
+    spec = variant(name).spec
+    whole = spec.latent_shape(*bucket)
+    shape = rank_shape(spec, bucket, sp)
+    tokens = exchange_of(spec, bucket, 1, sp).tokens
+    assert 0 <= tokens - -(-spec.tokens(*bucket) // sp) <= 0.005 * tokens + 2
+    assert all(mine <= its for mine, its in zip(shape, whole, strict=True))
+    assert shape[1] >= min(2, whole[1])
+    assert all(side % patch == 0 for side, patch in zip(shape[1:], spec.patch_size, strict=True))
+    if sp == 1:
+        assert shape == whole
+
+
+def test_degrees_share_out_whole_heads() -> None:
+    assert degrees(40, 8) == (1, 2, 4, 8)
+    assert degrees(12, 8) == (1, 2, 4)
+    assert degrees(5, 4) == (1,)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_stage_2", "deepspeed_stage_3"])
+def test_every_engine_takes_a_shared_clip(strategy: Any) -> None:
+    found = variant("tiny-i2v")
+    model = build(Subject(found, LoraConfig(rank=8), TrainingConfig()))
+    sizes = sizes_of(model, record_update(model, MemoryStrategy()))
+    exchange = exchange_of(found.spec, BUCKET, 2, 5)
+    composed = distribute(composed_of("tiny-i2v", {}, 5), ParallelConfig(strategy=strategy, sp=5), 10, sizes, exchange)
+    labels = [each.label for each in composed.micro_batch if isinstance(each, Copy)]
+    assert labels.count("all-to-all") == 3 * int(found.transformer_config["num_layers"])
+    assert simulate((*composed.micro_batch, *composed.update), device("h100-sxm")).seconds > 0
