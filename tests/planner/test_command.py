@@ -62,9 +62,9 @@ def test_a_planned_file_trains_as_planned_and_traces_to_the_same_peak(tmp_path: 
 
 
 def test_what_does_not_fit_exits_with_three_and_says_what_would(tmp_path: Path) -> None:
-    found = planned(*SMALL, "--gpu", "rtx-3090", "--budget", "2GiB", "-o", tmp_path / "no.toml")
+    found = planned(*SMALL, "--gpu", "rtx-3090", "--budget", "1GiB", "-o", tmp_path / "no.toml")
     assert found.status == 3
-    assert found.out.startswith("nothing fits 2.0 GiB")
+    assert found.out.startswith("nothing fits 1.0 GiB")
     assert "what would make it fit" in found.out
     assert not (tmp_path / "no.toml").exists()
 
@@ -75,7 +75,8 @@ def test_the_most_frames_fit_and_four_more_do_not() -> None:
     most = report["plans"][0]["bucket"][0]
     assert report["chosen"] == 0
     assert f"{most} frames are the most that fit" in report["notes"]
-    assert as_json(*own, "--num-frames", most + 4)["chosen"] is None
+    longer = as_json(*own, "--num-frames", most + 4)
+    assert longer["chosen"] is None or longer["plans"][0]["strategy"]["memory"]["quantization"] != "none"
 
 
 def test_a_page_and_a_file_of_json_are_written(tmp_path: Path) -> None:

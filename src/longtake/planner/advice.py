@@ -93,8 +93,11 @@ def _advice(parts: Parts, question: Question, change: str) -> Advice:
 
 def _frugal(parts: Parts, question: Question) -> tuple[Candidate, int]:
     """The most frugal of the question's strategies that host and disk allow, and by how much it does not fit."""
-    search = Search(parts, question)
-    found = [search.candidate(each, _load(question), 0) for each in _most_frugal(parts, question)]
+    search, found = Search(parts, question), []
+    for strategy in _most_frugal(parts, question):
+        found.append(search.candidate(strategy, _load(question), 0))
+        if search.fits(found[-1]) or found[-1].device_bytes > question.machine.budget_bytes:
+            break  # the disk helps a host that is too small, and nothing else
     best = min(found, key=search.excess)
     return best, search.excess(best)
 

@@ -25,21 +25,30 @@ SAVED_BY = {"int8": 0.5, "fp8": 0.5, "nf4": 0.75}
 
 @dataclass(frozen=True)
 class Freedom:
-    """What the user has left open: `pinned` has the fields of [memory] that are given, with their values."""
+    """What the user has left open: `pinned` has the fields of [memory] that are given, with their values.
+
+    `pinned_parallel` has those of [parallel].
+    """
 
     pinned: Mapping[str, Any] = field(default_factory=dict)
     micro_batch_size: int | None = None
+    pinned_parallel: Mapping[str, Any] = field(default_factory=dict)
 
     def choices(self, name: str, *values: Any) -> tuple[Any, ...]:
         """The pinned value of a field, or else all of `values`."""
         return (self.pinned[name],) if name in self.pinned else values
 
 
-def bases(freedom: Freedom, cut: tuple[int, int], quantized: Mapping[str, Any]) -> Iterator[MemoryStrategy]:
-    """Strategies without block swap, each of another way to keep, cut and move, the least computation first."""
+def bases(
+    freedom: Freedom, cut: tuple[int, int], quantized: Mapping[str, Any], coarse: bool = False
+) -> Iterator[MemoryStrategy]:
+    """Strategies without block swap, each of another way to keep, cut and move, the least computation first.
+
+    With `coarse` all is moved or nothing, and to host memory, because there is much else to choose.
+    """
     modes = freedom.choices("gradient_checkpointing", "none", "block_keep_attention", "block")
-    offloads = freedom.choices("activation_offload", "none", "host", "disk")
-    fractions = freedom.choices("activation_offload_fraction", *FRACTIONS)
+    offloads = freedom.choices("activation_offload", *(("none", "host") if coarse else ("none", "host", "disk")))
+    fractions = freedom.choices("activation_offload_fraction", *((1.0,) if coarse else FRACTIONS))
     optimizers = freedom.choices("optimizer_offload", False, True)
     for mode, optimizer, offload, fraction in product(modes, optimizers, offloads, fractions):
         if (offload == "none" and fraction != fractions[0]) or (mode == "none" and cut != CUTS[0]):

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from longtake import files
-from longtake.config.conflicts import check
+from longtake.config.conflicts import conflicts
 from longtake.config.flags import Flags, overrides
 from longtake.config.load import Override, config_of, load_config, parse_set
 from longtake.config.schema import LoraConfig, RunConfig
@@ -116,7 +116,10 @@ def _config(asked: Asked, flags: Flags) -> RunConfig:
     said = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     for override in given:
         said.print(f"{override.key} = {override.value!r}  ({override.flag})")
-    check(config)
+    # how ranks share the work can be planned before this version can train it
+    found = [each for each in conflicts(config) if not each.where.startswith("parallel.")]
+    if found:
+        raise ConfigError(found)
     return config
 
 

@@ -41,6 +41,13 @@ class Ran:
     made: Sequence[Tensor]
 
 
+_OF_8_BIT_STATES = {_ATEN.copy_: 41, _ATEN.lerp: 12}
+"""Bytes a value for which torchao's 8-bit states, uncompiled as on the CPU, make temporaries that no mode sees.
+
+torchao/optim/quant_utils.py: `quantize_8bit_with_qmap`, whose codes are int64 until the end, and `dequant_with_qmap`.
+"""
+
+
 @contextmanager
 def kernels_of(device_type: str) -> Iterator[None]:
     """Inside the context `workspaces` are those of the kernels of `device_type`; else CUDA's."""
@@ -81,6 +88,8 @@ def _workspaces_on_cpu(func: Any, args: Sequence[Any]) -> tuple[int, ...]:
         return _packed(*args[:3])
     if packet in (_ATEN.mm, _ATEN.addmm):
         return _accumulator(*args[-2:])
+    if packet in _OF_8_BIT_STATES and len(inner_tensors(args[0])) > 1:
+        return (_OF_8_BIT_STATES[packet] * args[0].numel(),)
     return _promoted(args) if torch.Tag.pointwise in func.tags else ()
 
 

@@ -40,5 +40,7 @@ def _parts(strategy: MemoryStrategy, parallel: ParallelConfig, blocks: int, micr
         yield f"micro-batches of {micro_batch_size}"
     if parallel.strategy not in ("auto", "single"):
         yield parallel.strategy
+    if parallel.offload != "none":
+        yield f"its {parallel.offload if parallel.offload == 'parameters' else 'optimiser'} in host memory"
     if parallel.sp > 1:
         yield f"sp {parallel.sp}"

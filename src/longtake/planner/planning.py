@@ -148,7 +148,9 @@ def _buckets(request: Request, search: Search, candidate: Candidate) -> tuple[Bu
     spec, found = request.subject.spec, []
     for bucket in sorted(request.buckets, key=lambda each: -spec.tokens(*each)):
         load = replace(candidate.load, bucket=bucket)
-        own = candidate if bucket == candidate.load.bucket else search.candidate(candidate.strategy, load, 0)
+        own = candidate
+        if bucket != candidate.load.bucket:
+            own = search.candidate(candidate.strategy, load, 0, candidate.parallel)
         found.append(BucketNeeds(bucket, own.device_bytes, own.seconds))
     return tuple(found)
 

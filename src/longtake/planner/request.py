@@ -50,7 +50,11 @@ def request_of(config: RunConfig, where: Where) -> tuple[Request, list[str]]:
     chosen = config.memory.model_fields_set.difference(UNPINNED)
     pinned = {name: getattr(config.memory, name) for name in sorted(chosen)}
     micro = config.training.micro_batch_size if "micro_batch_size" in config.training.model_fields_set else None
-    freedom = Freedom(pinned, micro)
+    shared = config.parallel.model_fields_set if where.gpus > 1 else set()
+    sharing = {name: getattr(config.parallel, name) for name in sorted(shared) if name != "strategy"}
+    if config.parallel.strategy not in ("auto", "single"):
+        sharing["strategy"] = config.parallel.strategy
+    freedom = Freedom(pinned, micro, sharing)
     samples = bool(config.validation.samples)
     return Request(subject, machine, _buckets(config, found), freedom, samples), notes
 

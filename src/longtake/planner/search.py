@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from longtake.config.schema import MemoryStrategy, ParallelConfig
 from longtake.models.spec import ModelSpec
@@ -15,6 +15,7 @@ from longtake.planner.events import KINDS, Compute, Timeline
 from longtake.planner.hardware import Device
 from longtake.planner.load import Load
 from longtake.planner.machine import HOST_PROCESS_BYTES, Machine
+from longtake.planner.parallel import engines, parallel_conflicts
 from longtake.planner.plans import Bucket
 from longtake.planner.recording import Recording
 from longtake.planner.timeline import simulate
@@ -43,8 +44,8 @@ class Parts(Protocol):
     def frozen(self) -> bool:
         """Whether there are frozen weights that can be streamed or quantised."""
 
-    def composed(self, strategy: MemoryStrategy, load: Load) -> Composed:
-        """The step of the whole model."""
+    def distributed(self, strategy: MemoryStrategy, load: Load, parallel: ParallelConfig, gpus: int) -> Composed:
+        """The step of one of `gpus` ranks."""
 
     def recording(self, strategy: MemoryStrategy, load: Load) -> Recording:
         """The passes of a few blocks."""
@@ -156,53 +157,77 @@ class Search:
     def _of(self, quantized: Mapping[str, Any]) -> list[Candidate]:
         """Candidates of every cut, as long as nothing fits or a finer one can be faster than what does."""
         found: list[Candidate] = []
-        freedom, question = self.question.freedom, self.question
-        tokens = self.parts.spec.tokens(*question.bucket)
-        clips = question.global_batch_size // self.machine.gpus
-        for cut in cuts(freedom, self.parts.spec.heads, self.parts.drops_out):
-            for size in micro_batches(freedom, clips, tokens):
-                if best := self._best(found):
-                    if cut != CUTS[0] and best.stalled_seconds < NO_STALLS * best.seconds:
+        freedom, heads = self.question.freedom, self.parts.spec.heads
+        tokens = self.parts.spec.tokens(*self.question.bucket)
+        sharings = self._sharings()
+        for cut in cuts(freedom, heads, self.parts.drops_out):
+            best = self._best(found)
+            if best and cut != CUTS[0] and best.stalled_seconds < NO_STALLS * best.seconds:
+                break
+            for parallel in sharings:
+                clips = self._clips(parallel)
+                for size in micro_batches(freedom, clips, tokens):
+                    if size > 1 and (best := self._best(found)) and best.timeline.bound_by in ("compute", "memory"):
                         break
-                    if size > 1 and best.timeline.bound_by in ("compute", "memory"):
-                        break
-                found += self._of_load(Load(question.bucket, size, clips > size), cut, quantized)
+                    load = Load(self.question.bucket, size, clips > size, parallel.sp)
+                    found += self._of_load(load, parallel, cut, quantized)
         return found
+
+    def _sharings(self) -> list[ParallelConfig]:
+        """The ways to share the work among the GPUs that come out even with the global batch."""
+        pinned, gpus = self.question.freedom.pinned_parallel, self.machine.gpus
+        method: Literal["lora", "full"] = "lora" if self.parts.frozen else "full"
+        found = engines(MemoryStrategy(), gpus, method, self.parts.spec.heads)
+        if gpus > 1 and pinned:
+            wanted = ParallelConfig(**{"strategy": "ddp", **pinned})
+            found = tuple(each for each in found if all(getattr(each, k) == v for k, v in pinned.items())) or (wanted,)
+        return [each for each in found if self.question.global_batch_size % (gpus // each.sp) == 0]
+
+    def _clips(self, parallel: ParallelConfig) -> int:
+        """Of a step, on one rank."""
+        return self.question.global_batch_size * parallel.sp // self.machine.gpus
 
     def _best(self, candidates: Sequence[Candidate]) -> Candidate | None:
         return min((each for each in candidates if self.fits(each)), key=_rank, default=None)
 
-    def _of_load(self, load: Load, cut: tuple[int, int], quantized: Mapping[str, Any]) -> Iterator[Candidate]:
-        """Candidates of one micro-batch and cut."""
+    def _of_load(
+        self, load: Load, parallel: ParallelConfig, cut: tuple[int, int], quantized: Mapping[str, Any]
+    ) -> Iterator[Candidate]:
+        """Candidates of one micro-batch, one way to share it, and one cut."""
         reached: dict[str, list[Candidate]] = {}
-        for base in bases(self.question.freedom, cut, quantized):
+        for base in bases(self.question.freedom, cut, quantized, coarse=self.machine.gpus > 1):
             mode = base.gradient_checkpointing
             if any(_no_faster(base, done.strategy) for done in reached.get(mode, ())):
                 continue
-            candidate = self._with_swap(base, load)
+            if any(parallel_conflicts(base, parallel, self.machine.gpus, self.parts.spec.heads)):
+                continue
+            candidate = self._with_swap(base, load, parallel)
             if self.fits(candidate):
                 reached.setdefault(mode, []).append(candidate)
             yield candidate
 
-    def _with_swap(self, base: MemoryStrategy, load: Load) -> Candidate:
+    def _with_swap(self, base: MemoryStrategy, load: Load, parallel: ParallelConfig) -> Candidate:
         """The strategy with as many blocks swapped as it must, or with all."""
-        resident = self.candidate(base, load, 0)
+        resident = self.candidate(base, load, 0, parallel)
         freedom = self.question.freedom
         numbers = swaps(freedom, self.parts.blocks, base.checkpoint_every)
-        swappable = self.parts.frozen and base.gradient_checkpointing != "none"
-        if not swappable or numbers == (0,):
-            return resident
-        if self.fits(resident) and 0 in numbers:
+        if numbers == (0,) or not self._swappable(base, parallel) or (self.fits(resident) and 0 in numbers):
             return resident
         tried = []
         for place in freedom.choices("block_swap_from", "host", "disk"):
             over = self.excess(resident)
             chosen = next((n for n in numbers if n and self._saved(base, load, n) >= over), numbers[-1])
             swapped = base.model_copy(update={"block_swap": chosen, "block_swap_from": place})
-            tried.append(self.candidate(swapped, load, resident.slack_bytes))
+            tried.append(self.candidate(swapped, load, resident.slack_bytes, parallel))
             if self.fits(tried[-1]):
                 break
         return min(tried, key=self.excess)
+
+    def _swappable(self, base: MemoryStrategy, parallel: ParallelConfig) -> bool:
+        if not self.parts.frozen or base.gradient_checkpointing == "none":
+            return False
+        swapped = base.model_copy(update={"block_swap": self.parts.blocks})
+        return not any(parallel_conflicts(swapped, parallel, self.machine.gpus, self.parts.spec.heads))
 
     def _saved(self, base: MemoryStrategy, load: Load, number: int) -> int:
         """Bytes on the device that swapping `number` blocks saves: their weights less the ring's buffers."""
@@ -210,22 +235,25 @@ class Search:
         ring = (base.checkpoint_every + 1) * recording.layout.nbytes
         return number * recording.block_weights - ring
 
-    def candidate(self, strategy: MemoryStrategy, load: Load, slack: int) -> Candidate:
-        """With the allocator's slack, where it is not known yet."""
-        composed = self.parts.composed(strategy, load)
+    def candidate(
+        self, strategy: MemoryStrategy, load: Load, slack: int, parallel: ParallelConfig | None = None
+    ) -> Candidate:
+        """A strategy's, with the allocator's slack where it is known; on several GPUs shared by DDP, if not said."""
         machine = self.machine
+        parallel = parallel or (ONE if machine.gpus == 1 else ParallelConfig(strategy="ddp"))
+        composed = self.parts.distributed(strategy, load, parallel, machine.gpus)
         if machine.is_cpu:
             composed = _one_memory(composed)
         elif not slack:
             slack = self.parts.slack_bytes(strategy, load, machine.device.generation, machine.expandable)
-        micro = max(1, self.question.global_batch_size // (machine.gpus * load.clips))
+        micro = max(1, self._clips(parallel) // load.clips)
         return Candidate(
             strategy=strategy,
-            parallel=ONE,
+            parallel=parallel,
             load=load,
             composed=composed,
             slack_bytes=slack,
-            context_bytes=machine.context_bytes(composed.peak_bytes, machine.gpus),
+            context_bytes=machine.context_bytes(composed.peak_bytes, machine.gpus, all_to_all=parallel.sp > 1),
             host_bytes=composed.host_bytes * machine.gpus + HOST_PROCESS_BYTES,
             micro_batches=micro,
             device=machine.device,

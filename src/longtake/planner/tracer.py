@@ -5,17 +5,21 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 
-from longtake.config.schema import MemoryStrategy
+from longtake.config.schema import MemoryStrategy, ParallelConfig
 from longtake.models.spec import ModelSpec
 from longtake.planner.allocator import CUBLAS_WORKSPACE_BYTES, replay
 from longtake.planner.composition import Composed, compose
 from longtake.planner.load import Load
 from longtake.planner.meta_model import MetaModel, Subject, build, meta_batch
+from longtake.planner.parallel import distribute, sizes_of
 from longtake.planner.recording import Recording, record, structure_of
+from longtake.planner.sequence import exchange_of
 from longtake.planner.storages import Storages
 from longtake.planner.update import Update, record_update
+from longtake.training.precision import DTYPES
 
 RECORDED_BLOCKS = 3
 """The first, the last and one that stands for all between them."""
@@ -75,13 +79,24 @@ class Tracer:
         recording, update = self.recording(strategy, load), self.update(strategy)
         return compose(recording, update, strategy, self.blocks, load.accumulating, storages)
 
+    def distributed(self, strategy: MemoryStrategy, load: Load, parallel: ParallelConfig, gpus: int) -> Composed:
+        """The step of one of `gpus` ranks."""
+        if gpus == 1:
+            return self.composed(strategy, load)
+        # the buckets in which DDP reduces gradients are there from the start
+        own = replace(load, accumulating=load.accumulating or parallel.strategy == "ddp")
+        sizes = sizes_of(self.few, self.update(strategy))
+        itemsize = DTYPES[self.subject.training.precision].itemsize
+        exchange = exchange_of(self.spec, load.bucket, load.clips, load.sp, itemsize) if load.sp > 1 else None
+        return distribute(self.composed(strategy, own), parallel, gpus, sizes, exchange)
+
     def recording(self, strategy: MemoryStrategy, load: Load) -> Recording:
         """The passes of a few blocks; of all, where blocks are recomputed several at a time."""
         key = structure_of(strategy), load
         if key not in self.recordings:
             model = self.few if strategy.checkpoint_every == 1 else self.whole
             with _without_collection():
-                batch = meta_batch(self.spec, load.bucket, load.clips)
+                batch = meta_batch(self.spec, load.bucket, load.clips, sp=load.sp)
                 self.recordings[key] = record(model, key[0], batch, load.accumulating)
         return self.recordings[key]
 

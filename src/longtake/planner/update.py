@@ -11,6 +11,7 @@ from torch import nn
 from longtake.config.schema import MemoryStrategy
 from longtake.memory.optimizer_offload import OffloadedAdamW
 from longtake.planner.events import Counts
+from longtake.planner.kernels import kernels_of
 from longtake.planner.ledger import Ledger
 from longtake.planner.log import INDEX, Entry, Fold
 from longtake.planner.meta_model import META, MetaModel
@@ -52,7 +53,7 @@ def record_update(model: MetaModel, strategy: MemoryStrategy) -> Update:
     if subject.training.ema:
         ledger.hold("optimizer", averages := [torch.empty_like(each) for each in parameters.values()])
     before = len(log)
-    with ledger:
+    with kernels_of(subject.device_type), ledger:
         update([*parameters.values()], optimizer, subject.training)
         if subject.training.ema:
             torch._foreach_lerp_(averages, [each.detach() for each in parameters.values()], 0.5)
