@@ -62,8 +62,8 @@ class Traced:
 class Step:
     """A traced step: bytes by kind at its peak, and what it needed otherwise.
 
-    Kinds: `checkpoints` are what blocks keep, `buffers` what copies from the host fill (swapped weights, inputs on their
-    way back), `workspace` is inside kernels; `block` is all that has no other name: activations, their gradients, the
+    Kinds: `checkpoints` are what blocks keep, `buffers` what copies from the host fill (swapped weights, what comes
+    back), `workspace` is inside kernels; `block` is all that has no other name: activations, their gradients, the
     batch. `moved` are bytes copied `inward`, to the device, and `outward`. `timeline` has (flops, bytes) after each
     operator; backward begins at `forward_flops`.
     """

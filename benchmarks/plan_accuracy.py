@@ -40,7 +40,8 @@ from longtake.models.wan.variants import variant
 from longtake.planner.composition import compose
 from longtake.planner.meta_model import Subject, build, meta_batch
 from longtake.planner.plans import Bucket
-from longtake.planner.recording import record, structure_of
+from longtake.planner.recorded import structure_of
+from longtake.planner.recording import record
 from longtake.planner.update import record_update
 from longtake.training.batch import Batch, summed_loss
 from longtake.training.optimizer import allocate_states, build_optimizer, trained_parameters

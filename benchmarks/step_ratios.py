@@ -5,7 +5,8 @@
 A small fp32 Wan transformer with a LoRA is trained by each way in turn, round after round, in one process. What is
 compared is each way's seconds over those of another in the same round, the median of the rounds, with the ratio of the
 two steps that the planner composes and simulates for this machine (`planner.hardware.measure_cpu`). One thread, since
-the copies to and from the disk have threads of their own.
+the copies to and from the disk have threads of their own. Seconds are those that passed less those in which the thread
+waited for a core that another program had, as Linux counts them: so waits for copies count, and a busy machine does not.
 """
 
 import argparse
@@ -41,6 +42,8 @@ ROUNDS = 5
 TOLERANCE = 0.15
 """Greatest difference of a measured ratio from the planned one, relative to that."""
 BLOCK = "block"
+SCHEDULED = Path("/proc/thread-self/schedstat")
+"""Nanoseconds that this thread ran, and that it was ready and did not (Documentation/scheduler/sched-stats.rst)."""
 
 
 @dataclass(frozen=True)
@@ -163,14 +166,19 @@ def _prepared(size: Size, way: Way, folder: Path, stack: ExitStack) -> Training:
 
 def _timed(given: Training, way: Way) -> float:
     """Seconds of a step, as `training.trainer.Trainer` does it."""
-    started = time.perf_counter()
+    started, queued = time.perf_counter(), _queued_seconds()
     parameters = [*given.parameters.values()]
     backend = SingleDevice(parameters, given.optimizer, CPU, fp16=False)
     for _ in range(way.micro_batches):
         backend.backward(summed_loss(given.transformer, given.spec, given.batch) / way.micro_batches)
     nn.utils.clip_grad_norm_(parameters, 1.0)
     backend.step(skip=False)
-    return time.perf_counter() - started
+    return time.perf_counter() - started - (_queued_seconds() - queued)
+
+
+def _queued_seconds() -> float:
+    """How long this thread has waited for a core so far; 0 where the system does not say."""
+    return int(SCHEDULED.read_text().split()[1]) / 1e9 if SCHEDULED.exists() else 0.0
 
 
 def main() -> None:

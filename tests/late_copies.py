@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from longtake.errors import RunError
-from longtake.memory.copies import Extent, Place, read, write
+from longtake.memory.copies import Place
+from longtake.memory.extents import Extent, read, write
 from shadow_memory import Race, Span
 
 GARBAGE = 0xFF  # NaN in torch's floating types

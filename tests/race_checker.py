@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from late_copies import LateCopy, LateQueues, identity, raw
-from longtake.memory.copies import Event, Extent, Place, Queue
+from longtake.memory.copies import Event, Place, Queue
+from longtake.memory.extents import Extent
 from shadow_memory import Access, Memories, Memory, Race, Span, Unread
 
 __all__ = ["CheckedCopies", "Race", "Unread"]

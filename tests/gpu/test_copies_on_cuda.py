@@ -11,7 +11,8 @@ import torch
 
 import honest_ring
 from longtake.errors import RunError
-from longtake.memory.copies import STAGING_BYTES, Copies, CudaCopies, Extent, copies_for
+from longtake.memory.copies import STAGING_BYTES, Copies, CudaCopies, copies_for
+from longtake.memory.extents import Extent
 from longtake.memory.host_buffers import (
     Buffer,
     HostTier,

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longtake.errors import RunError
-from longtake.memory.copies import CpuCopies, Extent, MetaCopies, Queue, copies_for, read, write
+from longtake.memory.copies import CpuCopies, MetaCopies, Queue, copies_for
+from longtake.memory.extents import Extent, read, write
 
 MIB = 2**20
 Open = Callable[[str, bytes], Extent]

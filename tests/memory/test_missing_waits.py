@@ -10,7 +10,8 @@ import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
 from honest_ring import MakeTier
-from longtake.memory.copies import Copies, Extent
+from longtake.memory.copies import Copies
+from longtake.memory.extents import Extent
 from longtake.memory.host_buffers import (
     Buffer,
     HostTier,

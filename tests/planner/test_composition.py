@@ -10,7 +10,8 @@ from longtake.planner.direct import trace
 from longtake.planner.events import KINDS
 from longtake.planner.meta_model import Subject, build, meta_batch
 from longtake.planner.plans import Bucket
-from longtake.planner.recording import record, structure_of
+from longtake.planner.recorded import structure_of
+from longtake.planner.recording import record
 from longtake.planner.update import record_update
 
 LORA = LoraConfig(rank=8)

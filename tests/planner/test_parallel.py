@@ -10,9 +10,11 @@ from longtake.planner.composition import Composed, compose
 from longtake.planner.events import KINDS, Compute, Copy, Item, Reached, Wait, Work
 from longtake.planner.hardware import device
 from longtake.planner.meta_model import Subject, build, meta_batch
-from longtake.planner.parallel import Sizes, distribute, engines, parallel_conflicts, sizes_of
-from longtake.planner.recording import record, structure_of
+from longtake.planner.parallel import Sizes, distribute, engines, parallel_conflicts
+from longtake.planner.recorded import structure_of
+from longtake.planner.recording import record
 from longtake.planner.shards import Weight, zero3_shares
+from longtake.planner.sizes import sizes_of
 from longtake.planner.timeline import simulate
 from longtake.planner.update import record_update
 

@@ -9,10 +9,12 @@ from longtake.planner.composition import Composed, compose
 from longtake.planner.events import KINDS, Compute, Copy
 from longtake.planner.hardware import device
 from longtake.planner.meta_model import Subject, build, meta_batch
-from longtake.planner.parallel import distribute, sizes_of
+from longtake.planner.parallel import distribute
 from longtake.planner.rank_items import Rank
-from longtake.planner.recording import record, structure_of
+from longtake.planner.recorded import structure_of
+from longtake.planner.recording import record
 from longtake.planner.sequence import degrees, exchange_of, exchanged, rank_shape
+from longtake.planner.sizes import sizes_of
 from longtake.planner.timeline import simulate
 from longtake.planner.update import record_update
 

@@ -17,9 +17,11 @@ from longtake.models.wan.variants import variant
 from longtake.planner.composition import compose
 from longtake.planner.events import KINDS, Compute
 from longtake.planner.meta_model import MetaModel, Subject, build, meta_batch
-from longtake.planner.parallel import distribute, sizes_of
-from longtake.planner.recording import record, structure_of
+from longtake.planner.parallel import distribute
+from longtake.planner.recorded import structure_of
+from longtake.planner.recording import record
 from longtake.planner.shards import fsdp2_shares
+from longtake.planner.sizes import sizes_of
 from longtake.planner.step import forward_and_backward
 from longtake.planner.update import record_update
 from longtake.training.batch import Batch

@@ -13,7 +13,7 @@ from torch import nn
 from longtake.config.schema import RunConfig
 from longtake.errors import ConfigError
 from longtake.memory.block_swap import swapped_blocks
-from longtake.memory.copies import Extent, read
+from longtake.memory.extents import Extent, read
 from longtake.memory.flattened import inner_tensors
 from longtake.memory.quantization import QuantizedWeight, quantize
 from longtake.models.wan.tiny import build_tiny

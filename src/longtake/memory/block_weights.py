@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from longtake.memory.copies import Copies, Extent, read
+from longtake.memory.copies import Copies
+from longtake.memory.extents import Extent, read
 from longtake.memory.flattened import inner_tensors, rebuilt
 from longtake.memory.host_buffers import Buffer, DiskTier, HostTier, as_bytes, computed, copy, extents_of, settle, use
 from longtake.models.weight_files import WeightFile

@@ -3,11 +3,9 @@
 `host_buffers` holds the rules of who waits for whom; here is what a device needs to follow them, and nothing else.
 """
 
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -16,21 +14,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from longtake.errors import Problem, RunError
+from longtake.memory.extents import Extent, read, write
 
 STAGING_BYTES = 32 * 2**20
 """Pinned memory through which a file's bytes reach a CUDA device."""
 MOVE_LESS = "free host memory, or move less: memory.activation_offload_fraction, memory.block_swap"
-
-
-@dataclass(frozen=True)
-class Extent:
-    """`nbytes` bytes from `offset` on in the open file `descriptor`, called `path`, which `owner` keeps open."""
-
-    descriptor: int
-    path: str
-    offset: int
-    nbytes: int
-    owner: object = field(default=None, repr=False, compare=False)
 
 
 Place: TypeAlias = Tensor | tuple[Extent, ...]
@@ -121,7 +109,7 @@ class CpuCopies:
 
 
 class MetaCopies:
-    """Copies of bytes that are not there; `host_bytes` and `disk_bytes` are what was asked for of either."""
+    """Copies of bytes that are not there; `host_bytes`, `disk_bytes` are what was asked for of either."""
 
     def __init__(self) -> None:
         self.host_bytes = self.disk_bytes = 0
@@ -275,31 +263,3 @@ def _parts(extents: Sequence[Extent], bytes_: Tensor, most: int) -> list[tuple[E
             parts.append((piece, bytes_[done : done + size]))
             done += size
     return parts
-
-
-def read(target: Tensor, source: Sequence[Extent]) -> None:
-    """Fills host bytes from files, with plain reads: a mapped file's pages would count as the process's memory."""
-    rest = memoryview(target.numpy().data)
-    for extent in source:
-        offset, part = extent.offset, rest[: extent.nbytes]
-        while part:
-            count = os.preadv(extent.descriptor, [part], offset)
-            if not count:
-                raise RunError(Problem("the file ended early: it was changed while it was read", extent.path))
-            offset, part = offset + count, part[count:]
-        rest = rest[extent.nbytes :]
-
-
-def write(target: Sequence[Extent], source: Tensor) -> None:
-    """Writes host bytes to files; raises RunError where the disk refuses."""
-    rest = memoryview(source.numpy().data)
-    for extent in target:
-        offset, part = extent.offset, rest[: extent.nbytes]
-        while part:
-            try:
-                count = os.pwritev(extent.descriptor, [part], offset)
-            except OSError as error:
-                what = f"cannot offload {source.nbytes} bytes: {error.strerror or error}"
-                raise RunError(Problem(what, extent.path, 'make room, or use the tier "host"')) from error
-            offset, part = offset + count, part[count:]
-        rest = rest[extent.nbytes :]

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from longtake.errors import Problem, RunError
-from longtake.memory.copies import Copies, Event, Extent, Place, Queue
+from longtake.memory.copies import Copies, Event, Place, Queue
+from longtake.memory.extents import Extent
 
 Kept: TypeAlias = Callable[[], Tensor]
 """Gives back, once, what was kept."""

@@ -27,9 +27,8 @@ from longtake.planner.kernels import GRANULE, rounded
 from longtake.planner.ledger import Ledger
 from longtake.planner.log import INDEX, NOTHING, Entry, Seam, Span
 from longtake.planner.planned_copies import PlannedCopies
-from longtake.planner.recording import Part, Recording, Segment
+from longtake.planner.recorded import Part, Recording, Segment, Update
 from longtake.planner.storages import Storages
-from longtake.planner.update import Update
 
 META = torch.device("meta")
 _NOWHERE = Path("/nonexistent")

@@ -108,7 +108,3 @@ class _Casts:
         if id(tensor) not in self.cached:
             self.cached[id(tensor)] = tensor, tensor.to(dtype)
         return self.cached[id(tensor)][1]
-
-
-def operators_of_cuda() -> Any:
-    return operators_of("cuda")

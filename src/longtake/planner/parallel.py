@@ -16,12 +16,12 @@ from longtake.planner.rank_items import FIRST_EVENT, Rank, planned
 from longtake.planner.replicas import ddp, zero
 from longtake.planner.sequence import Exchange, degrees, exchanged
 from longtake.planner.sharded import fsdp2, zero3
-from longtake.planner.shards import Sizes, sizes_of
+from longtake.planner.shards import Sizes
 
 if TYPE_CHECKING:
     from longtake.planner.composition import Composed
 
-__all__ = ["Sizes", "distribute", "engines", "parallel_conflicts", "sizes_of"]
+__all__ = ["Sizes", "distribute", "engines", "parallel_conflicts"]
 
 Method: TypeAlias = Literal["lora", "full"]
 _ENGINE_EVENTS = FIRST_EVENT + 500_000

@@ -6,8 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,48 +19,15 @@ from longtake.memory.flattened import inner_tensors
 from longtake.memory.host_buffers import Keep, Kept
 from longtake.memory.quantization import quantize_blocks
 from longtake.memory.strategy import recomputing
-from longtake.planner.events import KINDS, Counts
+from longtake.planner.events import KINDS
 from longtake.planner.kernels import GRANULE, rounded
 from longtake.planner.ledger import Ledger
 from longtake.planner.log import Entry, Fold, Seam
 from longtake.planner.meta_model import MetaModel, as_it_was, batch_tensors
 from longtake.planner.operators import operators_of
+from longtake.planner.recorded import Part, Recording, Segment
 from longtake.planner.step import forward_and_backward
 from longtake.training.batch import Batch
-
-Part: TypeAlias = Literal["prologue", "forward", "turn", "backward", "update"]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """The entries of one block's forward or backward, or of what is before the first and after the last block."""
-
-    part: Part
-    block: int
-    entries: tuple[Entry, ...]
-
-
-@dataclass(frozen=True)
-class Recording:
-    """A pass of a model of `blocks` blocks: its `segments` in order, and the frozen weights and batch held before it.
-
-    `block_weights` are the bytes of the frozen weights of one block, all alike, and `layout` how they lie in a buffer.
-    `block_sizes` are the bytes of each of them, `outside_sizes` those of what else is held; not rounded.
-    """
-
-    blocks: int
-    segments: tuple[Segment, ...]
-    held: Counts
-    block_weights: int
-    layout: Layout
-    block_sizes: tuple[int, ...]
-    outside_sizes: tuple[int, ...]
-
-
-def structure_of(strategy: MemoryStrategy) -> MemoryStrategy:
-    """The fields that decide which operators run: strategies that share them differ only in where bytes wait."""
-    kept = ("gradient_checkpointing", "checkpoint_every", "slices", "attention_head_groups", "quantization")
-    return MemoryStrategy(**{name: getattr(strategy, name) for name in kept})
 
 
 def record(model: MetaModel, structure: MemoryStrategy, batch: Batch, accumulating: bool) -> Recording:

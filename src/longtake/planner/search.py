@@ -17,7 +17,7 @@ from longtake.planner.load import Load
 from longtake.planner.machine import HOST_PROCESS_BYTES, Machine
 from longtake.planner.parallel import engines, parallel_conflicts
 from longtake.planner.plans import Bucket
-from longtake.planner.recording import Recording
+from longtake.planner.recorded import Recording
 from longtake.planner.timeline import simulate
 
 ONE = ParallelConfig(strategy="single")

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from longtake.planner.events import KINDS
-from longtake.planner.rank_items import OPTIMIZER, ceil, rounded
-
-if TYPE_CHECKING:
-    from longtake.planner.meta_model import MetaModel
-    from longtake.planner.update import Update
+from longtake.planner.rank_items import ceil, rounded
 
 PERSISTENT_VALUES = 100_000
 """DeepSpeed's `stage3_param_persistence_threshold`: smaller parameters are whole on each rank beside their shard."""
@@ -90,27 +86,6 @@ class Sizes:
     def trained_index(self) -> int:
         """Place of `trained_kind` in the counts of bytes."""
         return KINDS.index(self.trained_kind)
-
-
-def sizes_of(model: MetaModel, update: Update) -> Sizes:
-    """Those of the whole model, of which `model` may have a few blocks only, unquantised."""
-    prefix = f"{model.spec.blocks}."
-    groups: dict[tuple[bool, bool], list[Weight]] = {(a, b): [] for a in (False, True) for b in (False, True)}
-    for name, parameter in model.transformer.named_parameters():
-        if not name.startswith(prefix) or name.startswith(f"{prefix}0."):
-            groups[name.startswith(prefix), parameter.requires_grad].append(_weight(parameter))
-    trained = model.subject.blocks * _bytes(groups[True, True]) + _bytes(groups[False, True])
-    averages = trained if model.subject.training.ema else 0
-    return Sizes(
-        model.subject.blocks,
-        tuple(groups[True, False]),
-        tuple(groups[True, True]),
-        tuple(groups[False, False]),
-        tuple(groups[False, True]),
-        update.held[OPTIMIZER] - averages,
-        averages,
-        model.trained_kind,
-    )
 
 
 @dataclass(frozen=True)
@@ -196,8 +171,3 @@ def _small(weights: Iterable[Weight], persistent: int) -> int:
 
 def _bytes(weights: Iterable[Weight]) -> int:
     return sum(weight.nbytes for weight in weights)
-
-
-def _weight(parameter: Any) -> Weight:
-    rows = parameter.shape[0] if parameter.dim() else 1
-    return Weight(rows, parameter.numel() // rows, parameter.element_size())

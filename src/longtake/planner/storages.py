@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from longtake.planner.ledger import Allocated, Freed, Ran
 from longtake.planner.log import Seam, Span
-from longtake.planner.recording import Part, Recording
+from longtake.planner.recorded import Part, Recording
 
 Origin: TypeAlias = tuple[Part, int]
 """Which part of a step, and of which block."""

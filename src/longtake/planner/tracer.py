@@ -14,11 +14,13 @@ from longtake.planner.allocator import CUBLAS_WORKSPACE_BYTES, replay
 from longtake.planner.composition import Composed, compose
 from longtake.planner.load import Load
 from longtake.planner.meta_model import MetaModel, Subject, build, meta_batch
-from longtake.planner.parallel import distribute, sizes_of
-from longtake.planner.recording import Recording, record, structure_of
+from longtake.planner.parallel import distribute
+from longtake.planner.recorded import Recording, Update, structure_of
+from longtake.planner.recording import record
 from longtake.planner.sequence import exchange_of
+from longtake.planner.sizes import sizes_of
 from longtake.planner.storages import Storages
-from longtake.planner.update import Update, record_update
+from longtake.planner.update import record_update
 from longtake.training.precision import DTYPES
 
 RECORDED_BLOCKS = 3

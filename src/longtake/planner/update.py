@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,30 +9,16 @@ from torch import nn
 
 from longtake.config.schema import MemoryStrategy
 from longtake.memory.optimizer_offload import OffloadedAdamW
-from longtake.planner.events import Counts
 from longtake.planner.kernels import kernels_of
 from longtake.planner.ledger import Ledger
-from longtake.planner.log import INDEX, Entry, Fold
+from longtake.planner.log import INDEX, Fold
 from longtake.planner.meta_model import META, MetaModel
 from longtake.planner.planned_copies import PlannedCopies
+from longtake.planner.recorded import Update
 from longtake.planner.step import optimizer_for, update
 
 _FIRST_EVENT = 1_000_000
 """The events of the update follow those of the passes before it, whatever their number."""
-
-
-@dataclass(frozen=True)
-class Update:
-    """The entries of the update; `held` are the trained parameters, their gradients and the states at its start.
-
-    `gradient_sizes` are the bytes of each gradient, `sizes` those of all else that is held, not rounded.
-    """
-
-    entries: tuple[Entry, ...]
-    held: Counts
-    host_bytes: int
-    sizes: tuple[int, ...]
-    gradient_sizes: tuple[int, ...]
 
 
 def record_update(model: MetaModel, strategy: MemoryStrategy) -> Update:

@@ -1,12 +1,15 @@
 """VAE, UMT5 and CLIP: the values that diffusers' pipelines compute, and clear errors for what cannot be loaded."""
 
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -230,6 +233,25 @@ def test_encoders_load_from_the_key_names_of_the_published_files(root: Path, tmp
     for load in (encoders.load_image_encoder, encoders.load_text_encoder):
         ours, plain = load(tmp_path, "cpu").model.state_dict(), load(root, "cpu").model.state_dict()
         assert all(torch.equal(ours[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("load", [encoders.load_vae, encoders.load_text_encoder, encoders.load_image_encoder])
+def test_an_encoder_ends_with_the_last_name_for_it(load: Callable[[Path, str], Any], root: Path) -> None:
+    encoder = load(root, "cpu")
+    with torch.no_grad():
+        if isinstance(encoder, encoders.TextEncoder):
+            encoders.encode_prompt(encoder, "a rabbit")
+        elif isinstance(encoder, encoders.ImageEncoder):
+            encoders.encode_image(encoder, _pixels(64, 64))
+        else:
+            encoders.decode_latents(encoder, encoders.encode_video(encoder, _video()))
+    weights = [weakref.ref(parameter) for parameter in getattr(encoder, "model", encoder).parameters()]
+    gc.disable()
+    try:
+        del encoder
+        assert not any(weight() is not None for weight in weights)
+    finally:
+        gc.enable()
 
 
 def test_a_fingerprint_survives_moving_and_changes_with_the_content(root: Path, tmp_path: Path) -> None:
