@@ -6,7 +6,7 @@ A small fp32 Wan transformer with a LoRA is trained by each way in turn, round a
 compared is each way's seconds over those of another in the same round, the median of the rounds, with the ratio of the
 two steps that the planner composes and simulates for this machine (`planner.hardware.measure_cpu`). One thread, since
 the copies to and from the disk have threads of their own. Seconds are those that passed less those in which the thread
-waited for a core that another program had, as Linux counts them: so waits for copies count, and a busy machine does not.
+waited for a core that another program had, as Linux counts them: waits for copies count, and a busy machine's do not.
 """
 
 import argparse

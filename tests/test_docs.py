@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
 PAGES = (*READMES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
-PLANNED = {"plan"}
+PLANNED: set[str] = set()
 """Commands that the pages name only to say that they are not there yet."""
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
