@@ -2,11 +2,11 @@
 
     python benchmarks/encoders.py
 
-Loading: a UMT5 of 238 million random weights, 1024 wide, files in fp32, five shards; each way of loading it in a process
-of its own whose greatest resident size (VmHWM) is read, less its size before; with it the share of that which is no
+Loading: a UMT5 of 238 million random weights, 1024 wide, files in fp32, five shards. Each way of loading it has a
+process of its own whose greatest resident size (VmHWM) is read, less its size before, and the share of that which is no
 mapped file (RssAnon), sampled. The norm of the difference between the results in bf16 and in fp32, over the norm.
-Tiles: `enable_tiling` of AutoencoderKLWan with diffusers' sizes, on `meta` for the published VAEs; and in values for the
-bundled ones, a moving picture of 512x320 and 17 frames, encoded and decoded, compared with the same without tiles.
+Tiles: `enable_tiling` of AutoencoderKLWan with diffusers' sizes, on `meta` for the published VAEs. In values for the
+bundled ones: a moving picture of 512x320 and 17 frames, encoded and decoded, compared with the same without tiles.
 """
 
 import argparse

@@ -62,7 +62,20 @@ def scheduler():
     return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
 
 
-def as_bytes(output):
+def theirs(pipeline, asked, **inputs):
+    """What diffusers' own pipeline samples."""
+    pipeline.scheduler = scheduler()
+    pipeline.set_progress_bar_config(disable=True)
+    output = pipeline(
+        width=asked.size[0],
+        height=asked.size[1],
+        num_frames=asked.num_frames,
+        num_inference_steps=asked.steps,
+        guidance_scale=asked.guidance_scale,
+        generator=torch.Generator().manual_seed(asked.seed),
+        output_type="pt",
+        **inputs,
+    )
     return (output.frames[0] * 255).round().to(torch.uint8)
 
 
@@ -88,29 +101,11 @@ def test_a_text_to_video_sample_is_diffusers_own_of_the_same_folder(tiny_root, t
     save_adapter(tmp_path / "adapter.safetensors", adapter_state(transformer), 8.0, "comfyui", {})
     ours = run(root, "tiny-t2v", transformer)
 
-    pipeline = WanPipeline.from_pretrained(root)
-    pipeline.scheduler = scheduler()
-    pipeline.set_progress_bar_config(disable=True)
-
-    def theirs():
-        generator = torch.Generator().manual_seed(3)
-        return as_bytes(
-            pipeline(
-                "a rabbit &amp; a bird",
-                "",
-                width=48,
-                height=32,
-                num_frames=5,
-                num_inference_steps=2,
-                guidance_scale=4.0,
-                generator=generator,
-                output_type="pt",
-            )
-        )
-
-    assert not torch.equal(ours, theirs())
+    pipeline, asked = WanPipeline.from_pretrained(root), request("tiny-t2v")
+    texts = {"prompt": asked.prompt, "negative_prompt": ""}
+    assert not torch.equal(ours, theirs(pipeline, asked, **texts))
     pipeline.load_lora_weights(tmp_path, weight_name="adapter.safetensors")
-    assert torch.equal(ours, theirs())
+    assert torch.equal(ours, theirs(pipeline, asked, **texts))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -131,41 +126,18 @@ def test_an_image_to_video_sample_is_that_of_diffusers_with_its_encoders(tiny_ro
         transformer=load(root, dtype),
         expand_timesteps=variant(name).spec.expand_timesteps,
     )
-    pipeline.set_progress_bar_config(disable=True)
-    theirs = pipeline(
-        image=as_pillow(asked.image),
-        last_image=None if asked.last_image is None else as_pillow(asked.last_image),
-        prompt_embeds=embeds[0],
-        negative_prompt_embeds=embeds[1],
-        width=asked.size[0],
-        height=asked.size[1],
-        num_frames=9,
-        num_inference_steps=2,
-        guidance_scale=4.0,
-        generator=torch.Generator().manual_seed(3),
-        output_type="pt",
-    )
-    ours = sample(root, variant(name).spec, {"transformer": load(root, dtype)}, asked, "cpu")
-    assert torch.equal(ours, as_bytes(theirs))
+    images = {"image": as_pillow(asked.image), "last_image": None}
+    if asked.last_image is not None:
+        images["last_image"] = as_pillow(asked.last_image)
+    expected = theirs(pipeline, asked, prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1], **images)
+    assert torch.equal(sample(root, variant(name).spec, {"transformer": load(root, dtype)}, asked, "cpu"), expected)
 
 
 def test_a_ti2v_sample_of_a_prompt_alone_is_that_of_diffusers(tiny_root):
-    root = tiny_root("tiny-ti2v")
+    root, asked = tiny_root("tiny-ti2v"), request("tiny-ti2v")
     pipeline = WanPipeline.from_pretrained(root, expand_timesteps=True)
-    pipeline.scheduler = scheduler()
-    pipeline.set_progress_bar_config(disable=True)
-    theirs = pipeline(
-        "a rabbit &amp; a bird",
-        "",
-        width=64,
-        height=32,
-        num_frames=5,
-        num_inference_steps=2,
-        guidance_scale=4.0,
-        generator=torch.Generator().manual_seed(3),
-        output_type="pt",
-    )
-    assert torch.equal(run(root, "tiny-ti2v"), as_bytes(theirs))
+    expected = theirs(pipeline, asked, prompt=asked.prompt, negative_prompt="")
+    assert torch.equal(run(root, "tiny-ti2v"), expected)
 
 
 @pytest.mark.parametrize("name", ["tiny-t2v", "tiny-i2v", "tiny-flf2v", "tiny-ti2v"])

@@ -77,8 +77,8 @@ def test_a_measurement_outside_of_the_bounds_disagrees(benchmark: Any) -> None:
     def disagrees(precision: str, measured: int) -> bool:
         return bool(benchmark.disagreements([exact, exact, row(benchmark, precision, measured)]))
 
-    assert [disagrees("fp32", measured) for measured in (939, 940, 1020, 1021)] == [True, False, False, True]
-    assert [disagrees("bf16", measured) for measured in (879, 880, 1120, 1121)] == [True, False, False, True]
+    assert [disagrees("fp32", measured) for measured in (939, 941, 1019, 1021)] == [True, False, False, True]
+    assert [disagrees("bf16", measured) for measured in (879, 881, 1119, 1121)] == [True, False, False, True]
     assert benchmark.disagreements([row(benchmark, "fp32", 970)]) == ["median of fp32: 0.030"]
 
 

@@ -4,21 +4,18 @@ import gc
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from transformers import UMT5Config, UMT5EncoderModel
 
 from longtake.data.cache import Cache, Manifest
-from longtake.data.encode import component_root, encoder_fingerprints, load_manifest
-from longtake.data.loader import EntryReader
+from longtake.data.encode import component_root, load_manifest
 from longtake.data.video import Window, read_clip
 from longtake.errors import CacheError, DataError, ModelError
-from longtake.models.wan.encoders import encode_prompt, encode_video, load_text_encoder, load_vae, normalise_pixels
+from longtake.models.wan.encoders import encode_video, load_vae, normalise_pixels
 from longtake.models.wan.tiny import build_tiny
 from runs import CPU, SIDE, Recorder, Scene, draw_clip, scene
 
@@ -158,25 +155,6 @@ def test_another_encoder_encodes_what_it_encodes(
     shutil.rmtree(changed / component)
     shutil.copytree(build_tiny("tiny-i2v", tmp_path / "other", seed=1) / component, changed / component)
     assert kinds(made_by(Scene(scene.model, changed, scene.source, scene.cache))) == expected
-
-
-def test_captions_are_cached_in_the_type_they_are_computed_in_and_keyed_by_it(make: Make, tmp_path: Path) -> None:
-    """A large text encoder with files in fp32 computes in bf16; what an earlier version made of them is another key."""
-    scene = make("tiny-t2v", 1)
-    assert " in " not in encoder_fingerprints(scene.root, scene.spec)["text_encoder"]
-    root = tmp_path / "large"
-    shutil.copytree(scene.root, root)
-    config = UMT5Config(vocab_size=259, d_model=1024, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
-    UMT5EncoderModel(config).save_pretrained(root / "text_encoder")
-    assert encoder_fingerprints(root, scene.spec)["text_encoder"].endswith(" in bfloat16")
-    large = replace(scene, root=root)
-    manifest = large.prepare(large.config(tmp_path / "run"))
-    assert manifest is not None
-    (entry,) = manifest.entries
-    tensors = EntryReader(Cache(large.cache), manifest.empty_text).read(entry)
-    assert tensors.prompt_embeds.dtype == tensors.empty_embeds.dtype == torch.bfloat16
-    assert torch.equal(tensors.prompt_embeds, encode_prompt(load_text_encoder(root, CPU), entry.prompt))
-    assert load_manifest(large.config(tmp_path / "run"), large.spec, root, print) == manifest
 
 
 def test_equal_clips_and_equal_captions_are_stored_once(make: Make) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -98,7 +99,9 @@ def _command(report: Report, output: Path | None, asked: Asked) -> str:
         return ""
     if output is not None:
         return f"longtake train {output}"
-    return f"longtake train {asked.config}" if asked.config else "longtake plan ... -o run.toml"
+    if asked.config is not None:
+        return f"longtake train {asked.config} --budget {report.budget_bytes / 2**30:.1f}GiB"
+    return f"longtake {shlex.join(sys.argv[1:])} -o run.toml && longtake train run.toml"
 
 
 def _config(asked: Asked, flags: Flags) -> RunConfig:

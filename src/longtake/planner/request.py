@@ -30,6 +30,8 @@ HOST_BYTES = 128 * 2**30
 DISK_BYTES = 512 * 2**30
 """What a machine that is only named is taken to have of either, for each GPU: what a rented one usually has."""
 USUAL = "h100-sxm"
+NAMED_SIZE = 1.05
+"""By how much the size that a card is called by may exceed what there is of its memory."""
 UNPINNED = ("budget", "fallbacks")
 
 
@@ -134,6 +136,9 @@ def _machine(config: RunConfig, where: Where, found: WanVariant) -> tuple[Machin
     if where.host_memory:
         host = parse_bytes(where.host_memory, "--host-memory")
     budget = free if given == "auto" else parse_bytes(given, "memory.budget")
+    if free < budget <= NAMED_SIZE * chosen.memory_bytes and not local:  # a card of 24 GiB has 23.5 for a program
+        notes.append(f"of a {chosen.name}'s memory a program can have {format_bytes(free)}: planned for those")
+        budget = free
     if budget > chosen.memory_bytes and not local:
         what = f"the budget is {format_bytes(budget)} and a {chosen.name} has {format_bytes(chosen.memory_bytes)}"
         raise ConfigError(Problem(what, "memory.budget", "lower it, or name another --gpu"))
