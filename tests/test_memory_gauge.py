@@ -63,12 +63,11 @@ print((before - psutil.Process().memory_info().rss) // 2**20)
 
 @pytest.mark.skipif(sys.platform != "linux" or not hasattr(os, "confstr"), reason="a setting of glibc")
 def test_what_tensors_held_goes_back_to_the_system() -> None:
-    kept, returned = (int(said_by(first + HOLED, {})) for first in ("", "gauge.return_freed_memory()"))
-    assert kept < 20
+    returned = int(said_by("gauge.return_freed_memory()" + HOLED, {}))
     assert 95 <= returned <= 105
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
 def test_a_threshold_that_the_user_set_is_kept() -> None:
-    variables = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20)}
-    assert int(said_by("gauge.return_freed_memory()" + HOLED, variables)) < 20
+    said = [said_by("print(gauge.return_freed_memory())", own) for own in ({}, {"MALLOC_MMAP_THRESHOLD_": "65536"})]
+    assert said == ["True", "False"]

@@ -45,6 +45,9 @@ class MemoryGauge:
         self.before = self.process.memory_info().rss if device.type == "cpu" else 0
         self.reserved_peak = self.resident_peak = 0  # as they were last read
         self.driver = _Driver(device) if device.type == "cuda" else None
+        if self.driver is not None:
+            torch.cuda.empty_cache()  # what was done before it is not the run's
+            torch.cuda.reset_peak_memory_stats(device)
 
     def read(self) -> Memory:
         """The bytes now, and their peaks since the gauge was made."""
@@ -121,17 +124,18 @@ def expand_segments(device: torch.device) -> None:
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
-def return_freed_memory() -> None:
+def return_freed_memory() -> bool:
     """Has glibc give the memory of freed tensors back to the system, so that the process's peak is what tensors hold.
 
     By itself malloc raises the size from which on it maps, up to 32 MiB, and keeps what is smaller (mallopt(3)).
-    Nothing where the C library is another, or where MALLOC_MMAP_THRESHOLD_ says how it should be.
+    Nothing, and False, where the C library is another, or where MALLOC_MMAP_THRESHOLD_ says how it should be.
     """
     if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
-        return
+        return False
     with contextlib.suppress(OSError, ValueError):  # musl has no such name, and no use for the setting
         if os.confstr("CS_GNU_LIBC_VERSION"):
-            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+            return bool(ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES))
+    return False
 
 
 class _Driver:

@@ -19,7 +19,7 @@ from longtake.models.spec import ModelSpec
 from longtake.models.wan import tiny
 from longtake.models.wan.weights import ModelFiles, load_transformer, locate, save_transformer
 from longtake.progress import Reporter
-from longtake.sampling import SampleRequest, check_request, sample
+from longtake.sampling import SampleRequest, check_request, encode_requests, sample_encoded
 from longtake.training.checkpoint import load_newest
 from longtake.training.model import choose_expert, find_model
 from longtake.training.precision import DTYPES
@@ -101,6 +101,7 @@ def sample_to_file(run: Path | None, model: str, lora: Path | None, wish: Wish, 
     spec = model_files.variant.spec
     root = component_root(model_files.root, "model.components")
     check_request(request, spec)
+    (encoded,) = encode_requests(root, spec, [request], device)  # before the transformer, which leaves encoders no room
     transformers = {}
     if run is not None:
         component, _ = choose_expert(config, spec)
@@ -113,7 +114,7 @@ def sample_to_file(run: Path | None, model: str, lora: Path | None, wish: Wish, 
         component = _expert_of(adapter, lora, spec)
         attach_adapter(transformers[component], adapter)
     with reporter.bar("sampling", request.steps, "steps") as advance:
-        frames = sample(root, spec, transformers, request, device, lambda done: advance(done, ""))
+        frames = sample_encoded(root, spec, transformers, encoded, device, lambda done: advance(done, ""))
     files.write_file(out, lambda staged: write_clip(frames, staged, float(spec.fps)))
 
 

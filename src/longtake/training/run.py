@@ -64,10 +64,11 @@ def train(config: RunConfig, resume: bool, reporter: Reporter, planned: Planned 
     sampler = BucketSampler(training_entries, stages, config.training.seed, batch_size)
     held = [entry for entry in held if stages[-1][1] in entry.stages]
     validation = Validation(config, held, reader, root, device)
+    with _brief(Path(config.output.run)):
+        validation.prepare(spec)  # before the transformer is there, which leaves encoders no room
     with open_run(config, resume, reporter.line) as run, stop_request() as stop, closing(MemoryGauge(device)) as gauge:
         _budget(config, gauge, device, reporter, planned)
         model = build_model(config, model_files, device)
-        validation.requests(model)
         checkpoint = load_newest(run, reporter.line) if resume else None
         first_step = checkpoint.step if checkpoint else 0
         strategy = _strategy(config, run, model, sampler, first_step, reporter)
