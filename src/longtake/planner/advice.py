@@ -67,7 +67,8 @@ def _found(parts: Parts, question: Question) -> Iterator[Advice]:
         if _fits(parts, free):
             pins = ", ".join(f"memory.{name}" for name in question.freedom.pinned)
             yield _advice(parts, free, f"leave {pins} to the planner")
-    yield from _larger(parts, question)
+    if not question.machine.is_cpu:
+        yield from _larger(parts, question)
 
 
 def _larger(parts: Parts, question: Question) -> Iterator[Advice]:

@@ -45,6 +45,7 @@ def answer(asked: Asked, flags: Flags, json_file: str, html: Path | None, output
     """Plans and says so; the exit status, 3 where nothing fits."""
     config = _config(asked, flags)
     quiet_libraries()
+    from longtake.planner.advice import MOST_FRAMES
     from longtake.planner.planning import longest_clip, plan
     from longtake.planner.request import Where, request_of
     from longtake.planner.tracer import Tracer
@@ -56,10 +57,12 @@ def answer(asked: Asked, flags: Flags, json_file: str, html: Path | None, output
     if asked.num_frames == LONGEST:
         most = longest_clip(request, tracer)
         if most is not None:
-            notes.append(f"{most} frames are the most that fit")
+            notes.append(f"{most} frames are {'at least ' if most == MOST_FRAMES else ''}the most that fit")
             _, height, width = request.worst
             request = replace(request, buckets=((most, height, width),))
             config = config.model_copy(update={"data": config.data.model_copy(update={"num_frames": most})})
+    if request.machine.gpus > 1:
+        notes.append("this version trains on one device: what is said of several is planned only")
     report = plan(request, tracer)
     report = replace(report, notes=(*notes, *report.notes), command=_command(report, output, asked))
     _say(report, json_file)
@@ -95,7 +98,7 @@ def _write_config(config: RunConfig, report: Report, output: Path) -> None:
 
 def _command(report: Report, output: Path | None, asked: Asked) -> str:
     """What trains the chosen plan."""
-    if report.chosen is None:
+    if report.chosen is None or report.gpus > 1:
         return ""
     if output is not None:
         return f"longtake train {output}"

@@ -254,7 +254,7 @@ class Search:
             composed=composed,
             slack_bytes=slack,
             context_bytes=machine.context_bytes(composed.peak_bytes, machine.gpus, all_to_all=parallel.sp > 1),
-            host_bytes=composed.host_bytes * machine.gpus + HOST_PROCESS_BYTES,
+            host_bytes=(composed.host_bytes + HOST_PROCESS_BYTES) * machine.gpus,
             micro_batches=micro,
             device=machine.device,
         )
