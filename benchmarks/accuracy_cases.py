@@ -63,9 +63,13 @@ class Case:
 
     @property
     def warm_up(self) -> "Case":
-        """One block of it: at the first call with operands of a shape libraries make code and buffers and keep them."""
-        swap = {"block_swap": 1} if "block_swap" in self.strategy else {}
-        return replace(self, blocks=1, micro_batches=1, strategy={**self.strategy, **swap})
+        """A block of it: at the first call with operands of a shape libraries make code and buffers and keep them.
+
+        Three where weights are streamed, which fewer blocks refuse.
+        """
+        if "block_swap" in self.strategy:
+            return replace(self, blocks=3, micro_batches=1, strategy={**self.strategy, "block_swap": 3})
+        return replace(self, blocks=1, micro_batches=1)
 
 
 _T2V, _I2V, _TI2V = "tiny-t2v", "tiny-i2v", "tiny-ti2v"

@@ -165,10 +165,13 @@ class Row:
 def rows(names: Iterable[str]) -> Iterator[Row]:
     """All is planned first, because a step beside it would make planning look slow."""
     plans = {name: planned(CASES[name]) for name in names}
-    with ThreadPoolExecutor(AT_A_TIME) as pool:
+    pool = ThreadPoolExecutor(AT_A_TIME)
+    try:
         children = [pool.submit(measured, name) for name in plans]
         for (name, plan), child in zip(plans.items(), children, strict=True):
             yield Row(name, CASES[name], plan, child.result())
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def disagreements(found: Sequence[Row]) -> list[str]:
