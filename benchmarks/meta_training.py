@@ -13,24 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from longtake.config.schema import LoraConfig, MemoryStrategy, TrainingConfig
 from longtake.distributed.backend import SingleDevice
-from longtake.lora import attach
 from longtake.memory.optimizer_offload import OffloadedAdamW
 from longtake.memory.strategy import apply
 from longtake.models.spec import ModelSpec
-from longtake.models.wan.conditioning import Conditioning
-from longtake.models.wan.variants import KEEP_FP32, WanVariant
+from longtake.models.wan.variants import WanVariant
 from longtake.planner.ledger import CountedCopies, Ledger, Storage
+from longtake.planner.meta_model import META, Subject, as_it_was, batch_tensors
+from longtake.planner.meta_model import build as build_model
+from longtake.planner.meta_model import meta_batch as batch_of
 from longtake.planner.operators import RMS_NORM_IN_FP32, operators_of
 from longtake.training.batch import Batch, summed_loss
-from longtake.training.optimizer import allocate_states, build_optimizer, trained_parameters
+from longtake.training.optimizer import allocate_states, build_optimizer
 from longtake.training.precision import compute_in
-
-META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -79,31 +77,13 @@ class Step:
 
 def build(model: WanVariant, lora: LoraConfig, training: TrainingConfig) -> Traced:
     """The model on `meta` as `training.model.build_model` would have it on a device, weights in bf16."""
-    with META:
-        transformer = WanTransformer3DModel(**model.transformer_config)
-    for name, parameter in transformer.named_parameters():
-        kept = any(part in KEEP_FP32 for part in name.split("."))
-        parameter.data = parameter.data.to(torch.float32 if kept else torch.bfloat16)
-    attach(transformer, lora, training.seed)
-    transformer.train()
-    return Traced(model.spec, transformer, trained_parameters(transformer), training)
+    built = build_model(Subject(model, lora, training))
+    return Traced(model.spec, built.transformer, built.parameters, training)
 
 
 def meta_batch(spec: ModelSpec, num_frames: int, size: tuple[int, int]) -> Batch:
-    """One sample without values, in the types of `training.batch.collate`; `size` is (width, height) in pixels."""
-    width, height = size
-    shape = spec.latent_shape(num_frames, height, width)
-
-    def empty(*sides: int) -> Tensor:
-        return torch.empty(1, *sides, device=META)
-
-    conditioning = Conditioning(
-        prompt_embeds=empty(spec.text_tokens, spec.text_dim),
-        image_embeds=empty(spec.image_tokens, spec.image_dim) if spec.image_tokens else None,
-        condition=empty(shape[0] + 4, *shape[1:]) if spec.task in ("i2v", "flf2v") else None,
-        first_latents=empty(shape[0], 1, *shape[2:]) if spec.task == "ti2v" and shape[1] > 1 else None,
-    )
-    return Batch(empty(*shape), empty(*shape), empty(), empty(), conditioning)
+    """One sample without values; `size` is (width, height) in pixels."""
+    return batch_of(spec, (num_frames, size[1], size[0]))
 
 
 def trace(
@@ -180,8 +160,7 @@ def _hold(
     ledger.hold("adapters", traced.parameters.values())
     if optimizer is not None and not isinstance(optimizer, OffloadedAdamW):
         ledger.hold("optimizer", (value for state in optimizer.state.values() for value in state.values()))
-    given = [batch.latents, batch.noise, batch.sigma, batch.weights, *vars(batch.conditioning).values()]
-    ledger.hold("block", (value for value in given if isinstance(value, Tensor)))
+    ledger.hold("block", batch_tensors(batch))
 
 
 @contextmanager
@@ -203,17 +182,6 @@ def _labelled(traced: Traced, ledger: Ledger) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def as_it_was(transformer: nn.Module) -> Iterator[None]:
-    """Puts the module's parameters back at the end, whatever was put in their place: quantised ones, flat ones."""
-    kept = [(module, dict(module._parameters)) for module in transformer.modules()]
-    try:
-        yield
-    finally:
-        for module, parameters in kept:
-            module._parameters.update(parameters)
 
 
 @contextmanager

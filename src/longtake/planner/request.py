@@ -13,6 +13,7 @@ from longtake.data.buckets import check_shape, stage_frames
 from longtake.data.dataset import place, read_sources
 from longtake.errors import ConfigError, NothingFits, Problem
 from longtake.memory.accounting import free_for
+from longtake.memory_gauge import expand_segments
 from longtake.models.wan.detection import decide, detect
 from longtake.models.wan.variants import VARIANTS, WanVariant, variant
 from longtake.planner.candidates import Freedom
@@ -150,6 +151,7 @@ def _device(where: Where, config: RunConfig, found: WanVariant) -> tuple[Device,
     if where.gpu and where.gpu != "cpu":
         return device(where.gpu), False, []
     if not where.gpu and torch.cuda.is_available():
+        expand_segments(torch.device("cuda"))  # before anything asks CUDA for memory, as the plan counts on them
         name = torch.cuda.get_device_name()
         known = recognise(name)
         if known is not None:
