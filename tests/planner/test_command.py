@@ -43,7 +43,7 @@ def test_the_reference_case_is_answered_with_a_plan_and_plain_checkpointing_besi
 
 def test_the_flags_of_other_trainers_are_answered_as_they_are() -> None:
     said = planned(*LARGE, "--num_frames", 129, "--use_gradient_checkpointing", "--gpu", "a100-40gb").out
-    assert "as your flags have it (checkpointing): 71." in said.replace("\n", " ")
+    assert "as your flags have it (plain checkpointing): 71." in said
     assert "does not fit" in said
 
 
@@ -125,6 +125,7 @@ def test_each_bucket_of_a_curriculum_is_told_and_the_largest_decides(tmp_path: P
     chosen = as_json(file, "--gpu", "rtx-4090")["plans"][0]
     assert chosen["bucket"] == [33, 480, 832]
     assert [each["bucket"][0] for each in chosen["buckets"]] == [33, 17, 5]
+    assert chosen["strategy"]["memory"]["fallbacks"][-1]["slices"] == 16
     needs = [each["device_bytes"] for each in chosen["buckets"]]
     assert needs == sorted(needs, reverse=True)
 
@@ -142,6 +143,22 @@ def test_samples_while_training_are_planned_for_too(tmp_path: Path) -> None:
     assert not any(each["stage"] == "sampling" for each in plain["plans"][0]["stages"])
     worst = max(each["device_bytes"] for each in sampled["plans"][0]["stages"] if each["stage"] == "sampling")
     assert sampled["plans"][0]["peak_bytes"]["device"] >= worst
+
+
+def test_a_file_that_exists_is_not_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("mine")
+    found = run("plan", *SMALL, "-o", file)
+    assert (found.status, file.read_text()) == (2, "mine")
+    assert "the file exists" in found.errors[0]
+
+
+def test_without_a_config_clips_that_happen_to_be_here_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "clips").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert as_json(*SMALL, "--gpu", "rtx-4090")["plans"][0]["bucket"] == [17, 480, 832]
 
 
 def test_what_is_assumed_is_said() -> None:

@@ -24,7 +24,7 @@ CASE: Bucket = (129, 480, 832)
 pytestmark = pytest.mark.long
 I2V = "wan2.1-i2v-14b-480p"
 SMALL = "wan2.1-t2v-1.3b"
-ANY = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+ANY = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @cache
@@ -135,7 +135,7 @@ def test_more_frames_size_rank_or_clips_never_allocate_less(fields: dict[str, An
     assert peak(8, Load(bucket, clips, False)) <= own
 
 
-@settings(ANY, max_examples=6)
+@settings(ANY, max_examples=4)
 @given(st.floats(4, 23), st.sampled_from([(17, 480, 832), (33, 480, 832)]))
 def test_a_candidates_peak_is_that_of_a_trace_of_the_whole_model(budget: float, bucket: Bucket) -> None:
     own = search(SMALL, bucket, machine("rtx-4090", budget), clips=1)

@@ -9,8 +9,9 @@ from longtake.config.schema import MemoryStrategy
 from longtake.planner.candidates import CUTS, Freedom, bases
 from longtake.planner.hardware import DEVICES
 from longtake.planner.load import Load
+from longtake.planner.parts import Parts
 from longtake.planner.plans import Advice, Bucket
-from longtake.planner.search import Candidate, Parts, Question, Search
+from longtake.planner.search import Candidate, Question, Search
 
 STRIDE = 4
 """Frames of clips are 4n+1."""

@@ -17,10 +17,14 @@ SWAP_STEPS = 8
 FRACTIONS = (0.5, 1.0)
 MOST_TOKENS = 32_768
 """In a micro-batch of several clips: with more, a GPU has long been busy, and memory grows for nothing."""
-LAST_RESORTS: tuple[Mapping[str, Any], ...] = ({"quantization": "int8"}, {"quantization": "nf4"})
+LAST_RESORTS: tuple[Mapping[str, str], ...] = (
+    {"optimizer": "adamw8bit"},
+    {"quantization": "int8"},
+    {"quantization": "nf4"},
+)
 """What rounds is tried only where nothing exact fits, the most exact first."""
-SAVED_BY = {"int8": 0.5, "fp8": 0.5, "nf4": 0.75}
-"""Share of the bytes of 16-bit weights that a type saves at most."""
+SAVED_BY = {"int8": 0.5, "fp8": 0.5, "nf4": 0.75, "adamw8bit": 0.75}
+"""Share of the bytes of 16-bit weights, or of AdamW's states, that a type saves at most."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,6 +23,8 @@ from longtake.planner.report import print_report, to_json
 from longtake.planner.toml import write_toml
 
 LONGEST = "max"
+FILE_WIDTH = 120
+"""Columns of what goes to a file or a pipe."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Asked:
 
 def answer(asked: Asked, flags: Flags, json_file: str, html: Path | None, output: Path | None) -> int:
     """Plans and says so; the exit status, 3 where nothing fits."""
+    if output is not None and output.exists():
+        raise ConfigError(Problem("the file exists", str(output), "choose another name with -o"))
     config = _config(asked, flags)
     quiet_libraries()
     from longtake.planner.advice import MOST_FRAMES
@@ -50,7 +53,8 @@ def answer(asked: Asked, flags: Flags, json_file: str, html: Path | None, output
     from longtake.planner.request import Where, request_of
     from longtake.planner.tracer import Tracer
 
-    request, notes = request_of(config, Where(asked.gpu, asked.gpus, asked.host_memory))
+    where = Where(asked.gpu, asked.gpus, asked.host_memory)
+    request, notes = request_of(config, where, clips=asked.config is not None)
     if flags.use_gradient_checkpointing or flags.use_gradient_checkpointing_offload:
         request = replace(request, as_asked=config.memory.model_copy(update={"fallbacks": ()}))
     tracer = Tracer(request.subject)
@@ -58,6 +62,9 @@ def answer(asked: Asked, flags: Flags, json_file: str, html: Path | None, output
         most = longest_clip(request, tracer)
         if most is not None:
             notes.append(f"{most} frames are {'at least ' if most == MOST_FRAMES else ''}the most that fit")
+            made_for = request.variant.num_frames
+            if most > made_for:
+                notes.append(f"{request.variant.name} was made for {made_for} frames")
             _, height, width = request.worst
             request = replace(request, buckets=((most, height, width),))
             config = config.model_copy(update={"data": config.data.model_copy(update={"num_frames": most})})
@@ -66,10 +73,13 @@ def answer(asked: Asked, flags: Flags, json_file: str, html: Path | None, output
     report = plan(request, tracer)
     report = replace(report, notes=(*notes, *report.notes), command=_command(report, output, asked))
     _say(report, json_file)
+    said = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     if html is not None:
         write_html(report, html)
+        said.print(f"wrote {html}")
     if output is not None and report.chosen is not None:
         _write_config(config, report, output)
+        said.print(f"wrote {output}")
     return NothingFits.exit_status if report.chosen is None else 0
 
 
@@ -80,7 +90,7 @@ def _say(report: Report, json_file: str) -> None:
         return
     if json_file:
         files.write_text(Path(json_file), text)
-    print_report(report, Console())
+    print_report(report, Console(width=None if sys.stdout.isatty() else FILE_WIDTH))
 
 
 def _write_config(config: RunConfig, report: Report, output: Path) -> None:
@@ -91,7 +101,7 @@ def _write_config(config: RunConfig, report: Report, output: Path) -> None:
         f"{report.model}: {chosen.name}",
         f"planned for {report.gpus} x {report.gpu}: {chosen.peak_bytes['device'] / 2**30:.1f} GiB on the device, "
         f"{chosen.peak_bytes['host'] / 2**30:.1f} GiB of host memory, {chosen.step_seconds:.1f} s a step",
-        f"longtake train {output.name}",
+        f"longtake prepare {output.name} && longtake train {output.name}",
     ]
     write_toml(config, planned, output, header)
 
@@ -100,11 +110,14 @@ def _command(report: Report, output: Path | None, asked: Asked) -> str:
     """What trains the chosen plan."""
     if report.chosen is None or report.gpus > 1:
         return ""
-    if output is not None:
-        return f"longtake train {output}"
-    if asked.config is not None:
-        return f"longtake train {asked.config} --budget {report.budget_bytes / 2**30:.1f}GiB"
-    return f"longtake {shlex.join(sys.argv[1:])} -o run.toml && longtake train run.toml"
+    if output is not None and asked.config is None:
+        return f"longtake prepare {output} && longtake train {output}  # with data.source and output.run set in it"
+    if output is not None or asked.config is not None:
+        file = output or asked.config
+        return f"longtake prepare {file} && longtake train {file}"
+    return (
+        "add -o planned.toml, set data.source in it, then: longtake prepare planned.toml && longtake train planned.toml"
+    )
 
 
 def _config(asked: Asked, flags: Flags) -> RunConfig:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from longtake.config.conflicts import memory_conflicts
 from longtake.config.schema import MemoryStrategy
 from longtake.models.wan.variants import WanVariant
 from longtake.planner.advice import advice, most_frames
 from longtake.planner.allocator import CONTEXT_BYTES
-from longtake.planner.candidates import Freedom
+from longtake.planner.candidates import CUTS, Freedom
 from longtake.planner.events import KINDS, Compute
 from longtake.planner.load import Load
 from longtake.planner.machine import Machine
@@ -62,9 +64,10 @@ def plan(request: Request, tracer: Tracer | None = None) -> Report:
     plans = tuple(
         _plan(request, tracer, search, each, prepared, detailed=index == 0) for index, each in enumerate(candidates)
     )
+    plans = tuple(sorted(plans, key=lambda each: not each.fits))
     fits = bool(plans) and plans[0].fits
     if fits:
-        plans = (_with_fallbacks(plans), *plans[1:])
+        plans = (_with_fallbacks(plans, request, tracer), *plans[1:])
     spec, bucket, machine = request.subject.spec, request.worst, request.machine
     return Report(
         model=request.variant.name,
@@ -116,6 +119,7 @@ def _plan(
     elsewhere = own is not None and own.device_bytes > candidate.device_bytes
     held = dict(zip(KINDS, candidate.composed.peak, strict=True))
     device = candidate.device_bytes
+    host = max([candidate.host_bytes, *(each.host_bytes for each in stages if each.stage != "prepare")])
     if elsewhere and own is not None:
         held = _at_rest(candidate, own.device_bytes - candidate.context_bytes)
         device = own.device_bytes
@@ -124,10 +128,10 @@ def _plan(
         strategy=candidate.strategy,
         parallel=candidate.parallel,
         micro_batch_size=candidate.load.clips,
-        fits=search.fits(candidate),
+        fits=search.fits(candidate) and (request.machine.is_cpu or host <= request.machine.host_bytes),
         stage=own.stage if elsewhere and own is not None else "train",
         bucket=worst,
-        peak_bytes={"device": device, "host": candidate.host_bytes, "disk": candidate.composed.disk_bytes},
+        peak_bytes={"device": device, "host": host, "disk": candidate.composed.disk_bytes},
         allocated_bytes=sum(held.values()),
         step_seconds=candidate.seconds,
         stalled_seconds=candidate.stalled_seconds,
@@ -193,7 +197,7 @@ def _at_rest(candidate: Candidate, nbytes: int) -> dict[str, int]:
     return held
 
 
-def _with_fallbacks(plans: Sequence[Plan]) -> Plan:
+def _with_fallbacks(plans: Sequence[Plan], request: Request, tracer: Tracer) -> Plan:
     """The first plan, with those that need less as fallbacks: a run may be wrong about a device that was planned."""
     first, *others = plans
     fixed = ("quantization", "optimizer", "optimizer_offload")
@@ -210,7 +214,23 @@ def _with_fallbacks(plans: Sequence[Plan]) -> Plan:
         if each.peak_bytes["device"] < least and len(rungs) < MOST_FALLBACKS:
             rungs.append(each.strategy)
             least = each.peak_bytes["device"]
+    last = _most_frugal(first.strategy, request, tracer)
+    if last is not None and last not in (first.strategy, *rungs):
+        rungs.append(last)
     return replace(first, strategy=first.strategy.model_copy(update={"fallbacks": tuple(rungs)}))
+
+
+def _most_frugal(strategy: MemoryStrategy, request: Request, tracer: Tracer) -> MemoryStrategy | None:
+    """`strategy` with all moved and cut that can be, but for what a run cannot change; None where that cannot work."""
+    wanted: dict[str, Any] = {"gradient_checkpointing": "block", "activation_offload_fraction": 1.0}
+    if strategy.activation_offload == "none":
+        wanted["activation_offload"] = "host"
+    if tracer.frozen and tracer.blocks > strategy.checkpoint_every + 1:
+        wanted["block_swap"] = tracer.blocks
+    if not tracer.drops_out and strategy.checkpoint_every == 1:
+        wanted |= {"slices": CUTS[-1][0], "attention_head_groups": min(CUTS[-1][1], tracer.spec.heads)}
+    found = strategy.model_copy(update={**wanted, **request.freedom.pinned, "fallbacks": ()})
+    return None if [*memory_conflicts(found)] else found
 
 
 def _references(request: Request, tracer: Tracer, search: Search) -> tuple[Plan, ...]:
@@ -232,6 +252,8 @@ def _references(request: Request, tracer: Tracer, search: Search) -> tuple[Plan,
     found = (resident, replace(plain, name="plain checkpointing"))
     if request.as_asked is None:
         return found
+    if request.as_asked.model_copy(update={"budget": "auto"}) == MemoryStrategy():
+        return (replace(plain, name="as your flags have it (plain checkpointing)"), resident)
     asked = _reference(request, tracer, search, request.as_asked)
     return (replace(asked, name=f"as your flags have it ({asked.name})"), *found)
 
@@ -254,6 +276,7 @@ def _notes(request: Request, prepared: Sequence[StagePeak]) -> tuple[str, ...]:
     ]
     if not machine.is_cpu:
         found.append("rates and the context's size are those of a table; nothing of it was measured on this device")
+    found.append(f"a step is {request.subject.training.global_batch_size} clips (training.global_batch_size)")
     return tuple(found)
 
 

@@ -45,8 +45,11 @@ class Where:
     host_memory: str = ""
 
 
-def request_of(config: RunConfig, where: Where) -> tuple[Request, list[str]]:
-    """What is planned for `config`, and what was assumed; raises ConfigError, ModelError or DataError."""
+def request_of(config: RunConfig, where: Where, clips: bool = True) -> tuple[Request, list[str]]:
+    """What is planned for `config`, and what was assumed; raises ConfigError, ModelError or DataError.
+
+    With `clips` its buckets are those of the clips where these are here.
+    """
     found = _variant(config)
     machine, notes = _machine(config, where, found)
     subject = Subject(found, config.lora, config.training, config.model.dtype, "cpu" if machine.is_cpu else "cuda")
@@ -59,7 +62,13 @@ def request_of(config: RunConfig, where: Where) -> tuple[Request, list[str]]:
         sharing["strategy"] = config.parallel.strategy
     freedom = Freedom(pinned, micro, sharing)
     samples = bool(config.validation.samples)
-    return Request(subject, machine, _buckets(config, found), freedom, samples), notes
+    buckets = _buckets(config, found, clips)
+    longest = max(frames for frames, _, _ in buckets)
+    if longest < config.data.num_frames:
+        notes.append(
+            f"no clip has data.num_frames = {config.data.num_frames}: planned for the {longest} that they have"
+        )
+    return Request(subject, machine, buckets, freedom, samples), notes
 
 
 def planned_run(config: RunConfig) -> tuple[RunConfig, Planned]:
@@ -138,7 +147,8 @@ def _machine(config: RunConfig, where: Where, found: WanVariant) -> tuple[Machin
         host = parse_bytes(where.host_memory, "--host-memory")
     budget = free if given == "auto" else parse_bytes(given, "memory.budget")
     if free < budget <= NAMED_SIZE * chosen.memory_bytes and not local:  # a card of 24 GiB has 23.5 for a program
-        notes.append(f"of a {chosen.name}'s memory a program can have {format_bytes(free)}: planned for those")
+        what = f"{format_bytes(budget)} is more than a program can have on one {chosen.name}"
+        notes.append(f"{what}: planned for {format_bytes(free)}")
         budget = free
     if budget > chosen.memory_bytes and not local:
         what = f"the budget is {format_bytes(budget)} and a {chosen.name} has {format_bytes(chosen.memory_bytes)}"
@@ -162,7 +172,7 @@ def _device(where: Where, config: RunConfig, found: WanVariant) -> tuple[Device,
     return DEVICES[USUAL], False, [f"there is no GPU here: planned for {USUAL}; name yours with --gpu"]
 
 
-def _buckets(config: RunConfig, found: WanVariant) -> tuple[Bucket, ...]:
+def _buckets(config: RunConfig, found: WanVariant, clips: bool) -> tuple[Bucket, ...]:
     """Those of the clips where they are here, else those of the curriculum."""
     width, height = config.data.size
     stages = stage_frames(config.data.num_frames, config.data.frames_schedule)
@@ -170,7 +180,7 @@ def _buckets(config: RunConfig, found: WanVariant) -> tuple[Bucket, ...]:
     if problems := [each for frames in shapes for each in check_shape(found.spec, frames, config.data.size)]:
         raise ConfigError(list(dict.fromkeys(problems)))
     curriculum = tuple(dict.fromkeys((frames, height, width) for _, frames in stages))
-    if not Path(config.data.source).exists():
+    if not clips or not Path(config.data.source).exists():
         return curriculum
     said: list[str] = []
     sources = read_sources(config.data, found.spec, said.append)

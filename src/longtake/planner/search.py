@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from importlib.util import find_spec
+from typing import Any, Literal
 
 from longtake.config.schema import MemoryStrategy, ParallelConfig
-from longtake.models.spec import ModelSpec
 from longtake.planner.candidates import CUTS, LAST_RESORTS, SAVED_BY, Freedom, bases, cuts, micro_batches, swaps
 from longtake.planner.composition import Composed
 from longtake.planner.events import KINDS, Compute, Timeline
@@ -16,42 +16,13 @@ from longtake.planner.hardware import Device
 from longtake.planner.load import Load
 from longtake.planner.machine import HOST_PROCESS_BYTES, Machine
 from longtake.planner.parallel import engines, parallel_conflicts
+from longtake.planner.parts import Parts
 from longtake.planner.plans import Bucket
-from longtake.planner.recorded import Recording
 from longtake.planner.timeline import simulate
 
 ONE = ParallelConfig(strategy="single")
 NO_STALLS = 0.005
 """Share of a step that waits for copies, below which a finer cut, which computes more, is not looked at."""
-
-
-class Parts(Protocol):
-    """Gives the search steps of the model that is planned, whatever it is."""
-
-    @property
-    def spec(self) -> ModelSpec:
-        """The model's."""
-
-    @property
-    def blocks(self) -> int:
-        """Of the whole model."""
-
-    @property
-    def drops_out(self) -> bool:
-        """Whether blocks draw dropout, which no slices may."""
-
-    @property
-    def frozen(self) -> bool:
-        """Whether there are frozen weights that can be streamed or quantised."""
-
-    def distributed(self, strategy: MemoryStrategy, load: Load, parallel: ParallelConfig, gpus: int) -> Composed:
-        """The step of one of `gpus` ranks."""
-
-    def recording(self, strategy: MemoryStrategy, load: Load) -> Recording:
-        """The passes of a few blocks."""
-
-    def slack_bytes(self, strategy: MemoryStrategy, load: Load, generation: str, expandable: bool) -> int:
-        """What the allocator reserves beyond what is allocated."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +93,12 @@ class Search:
 
     def found(self) -> list[Candidate]:
         """Candidates, fastest first among those that fit; then, where none does, the nearest to fitting."""
-        candidates = self._of({"quantization": self.question.freedom.pinned.get("quantization", "none")})
+        candidates = self._of({})
         for rounding in LAST_RESORTS:
-            if any(self.fits(each) for each in candidates) or not self._may_help(rounding, candidates):
+            if any(self.fits(each) for each in candidates):
                 break
-            candidates += self._of(rounding)
+            if self._may_help(rounding, candidates):
+                candidates += self._of(rounding)
         fitting = sorted((each for each in candidates if self.fits(each)), key=_rank)
         return frontier(fitting) or sorted(candidates, key=self.excess)[:3]
 
@@ -146,13 +118,18 @@ class Search:
         return max(over, candidate.composed.disk_bytes * self.machine.gpus - self.machine.disk_bytes)
 
     def _may_help(self, rounding: Mapping[str, Any], candidates: Sequence[Candidate]) -> bool:
-        """Whether a smaller type of the weights that are on the device could make the nearest candidate fit."""
-        if "quantization" in self.question.freedom.pinned or not self.parts.frozen:
+        """Whether a smaller type of what is on the device could make the nearest candidate fit; torchao has them."""
+        ((field, kind),) = rounding.items()
+        if field in self.question.freedom.pinned or find_spec("torchao") is None:
             return False
         nearest = min(candidates, key=self.excess)
+        if field == "optimizer":
+            return self.excess(nearest) <= SAVED_BY[kind] * nearest.composed.peak[KINDS.index("optimizer")]
+        if not self.parts.frozen:
+            return False
         recording = self.parts.recording(nearest.strategy, nearest.load)
         resident = nearest.strategy.checkpoint_every + 1 if nearest.strategy.block_swap else self.parts.blocks
-        return self.excess(nearest) <= SAVED_BY[rounding["quantization"]] * resident * recording.block_weights
+        return self.excess(nearest) <= SAVED_BY[kind] * resident * recording.block_weights
 
     def _of(self, quantized: Mapping[str, Any]) -> list[Candidate]:
         """Candidates of every cut, as long as nothing fits or a finer one can be faster than what does."""
