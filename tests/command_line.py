@@ -30,6 +30,15 @@ class Outcome:
         return [line.removeprefix("error: ") for line in self.err.splitlines() if line.startswith("error: ")]
 
 
+def wrong(outcome: Outcome, *lines: str, status: int = 2) -> list[str]:
+    """What is not as it should be: the status, an error for each of `lines`, which it contains, nothing on stdout."""
+    pairs = zip(outcome.errors, lines, strict=False)
+    found = [f"{line!r} is not in {error!r}" for error, line in pairs if line not in error]
+    if outcome.status != status or len(outcome.errors) != len(lines):
+        found.append(f"status {outcome.status}: {outcome.err}")
+    return [*found, *([f"on stdout: {outcome.out}"] if outcome.out else [])]
+
+
 def run(*arguments: object) -> Outcome:
     """Runs `longtake` with `arguments`."""
     out, err = io.StringIO(), io.StringIO()

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import clips
-from command_line import Outcome, run, small_run, write_config
+from command_line import Outcome, run, small_run, write_config, wrong
 
 Change = dict[str, Any]
 VERDICT = r"dataset: 1 of 1 clips cannot be used, more than 10%; correct these rows or take them out"
@@ -65,15 +65,6 @@ def place(tmp_path: Path, tiny_root: Callable[[str], Path]) -> Place:
     return found
 
 
-def check(outcome: Outcome, *lines: str) -> None:
-    """Status 2, and one error for each of `lines`, which it contains."""
-    assert outcome.status == 2
-    assert len(outcome.errors) == len(lines), outcome.err
-    for error, line in zip(outcome.errors, lines, strict=True):
-        assert line in error
-    assert outcome.out == ""
-
-
 @pytest.mark.parametrize(
     ("content", "lines"),
     [
@@ -97,7 +88,7 @@ def test_a_config_that_is_none(tmp_path: Path, command: str, content: bytes | No
     path = tmp_path / "run.toml"
     if content is not None:
         path.write_bytes(content)
-    check(run(command, path), *lines)
+    assert not wrong(run(command, path), *lines)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +112,7 @@ def test_a_config_that_is_none(tmp_path: Path, command: str, content: bytes | No
     ],
 )
 def test_a_command_line_that_cannot_work(place: Place, arguments: list[str], line: str) -> None:
-    check(run("train", place.config(), *arguments), line)
+    assert not wrong(run("train", place.config(), *arguments), line)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +142,7 @@ def test_a_command_line_that_cannot_work(place: Place, arguments: list[str], lin
 def test_settings_that_the_model_or_the_disk_does_not_have(
     place: Place, command: str, changes: Change, lines: list[str]
 ) -> None:
-    check(run(command, place.config(**changes)), *lines)
+    assert not wrong(run(command, place.config(**changes)), *lines)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +156,7 @@ def test_settings_that_the_model_or_the_disk_does_not_have(
 def test_a_clip_that_cannot_be_used(place: Place, name: str, content: bytes | np.ndarray, line: str) -> None:
     place.only(name, content)
     outcome = place.prepare()
-    check(outcome, f"data/{name}: {line}", VERDICT)
+    assert not wrong(outcome, f"data/{name}: {line}", VERDICT)
     assert not (place.folder / "cache" / "manifests").exists()
 
 
@@ -173,25 +164,25 @@ def test_a_clip_that_cannot_be_used(place: Place, name: str, content: bytes | np
 def test_a_clip_that_is_too_short_for_every_bucket(place: Place, frames: int) -> None:
     place.only("b.mp4", clips.levels(frames))
     outcome = place.prepare()
-    check(outcome, "data: no clip can be used; mend the clips named above")
+    assert not wrong(outcome, "data: no clip can be used; mend the clips named above")
     named = f"left out or changed: data/b.mp4: b.mp4 has {frames} frames at 16 fps; give a clip of 5 or more, or leave"
     assert outcome.err.count(named) == 1
 
 
 def test_sound_without_pictures(place: Place) -> None:
     clips.write_sound_only(place.only("b.mp4"))
-    check(place.prepare(), "data/b.mp4: b.mp4 has no pictures, only sound or data; leave it out", VERDICT)
+    assert not wrong(place.prepare(), "data/b.mp4: b.mp4 has no pictures, only sound or data; leave it out", VERDICT)
 
 
 def test_a_clip_that_breaks_off(place: Place) -> None:
     whole = clips.write(place.folder / "whole.mp4", clips.levels(40), fps=16)
     clips.write_truncated(place.only("b.mp4"), whole)
-    check(place.prepare(), "data/b.mp4: b.mp4 ", VERDICT)
+    assert not wrong(place.prepare(), "data/b.mp4: b.mp4 ", VERDICT)
 
 
 def test_an_image_of_30_000_by_30_000_is_refused_before_it_is_decoded(place: Place) -> None:
     clips.write_huge_png(place.only("b.png"))
-    check(place.prepare("tiny-t2v"), "data/b.png: b.png has more than", VERDICT)
+    assert not wrong(place.prepare("tiny-t2v"), "data/b.png: b.png has more than", VERDICT)
 
 
 def test_odd_sizes_and_a_tall_clip_are_cropped(place: Place) -> None:
@@ -228,7 +219,7 @@ def test_odd_sizes_and_a_tall_clip_are_cropped(place: Place) -> None:
     ],
 )
 def test_a_table_that_cannot_be_used(place: Place, text: str | bytes, lines: list[str]) -> None:
-    check(place.table(text), *lines)
+    assert not wrong(place.table(text), *lines)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +238,7 @@ def test_a_table_of_another_kind(place: Place, name: str, text: str, line: str) 
 
 def test_a_clip_without_a_caption(place: Place) -> None:
     (place.data / "a.txt").unlink()
-    check(place.prepare(), "data/a.mp4: has no caption; write one into a.txt", VERDICT)
+    assert not wrong(place.prepare(), "data/a.mp4: has no caption; write one into a.txt", VERDICT)
 
 
 def test_a_bad_clip_among_many_is_left_out_and_said_once(place: Place) -> None:
@@ -282,4 +273,6 @@ def test_files_that_are_no_model(place: Place) -> None:
 def test_a_transformer_alone_needs_components(place: Place) -> None:
     weights = place.root("tiny-t2v") / "transformer" / "diffusion_pytorch_model.safetensors"
     outcome = run("prepare", place.config(model={"path": str(weights), "name": "tiny-t2v"}))
-    check(outcome, "model.components: only a transformer was given; VAE and encoders are needed; set model.components")
+    assert not wrong(
+        outcome, "model.components: only a transformer was given; VAE and encoders are needed; set model.components"
+    )

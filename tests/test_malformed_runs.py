@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import clips
-from command_line import Outcome, Table, run, small_run, succeed, write_config
+from command_line import Outcome, Table, run, small_run, succeed, write_config, wrong
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,6 @@ def done(made: Done, tmp_path: Path) -> Done:
     return Done(tmp_path, small_run(made.root("tiny-i2v"), made.folder / "data", tmp_path), made.root)
 
 
-def check(outcome: Outcome, *lines: str, status: int = 2) -> None:
-    """`status`, and one error for each of `lines`, which it contains."""
-    assert outcome.status == status, outcome.err
-    assert len(outcome.errors) == len(lines), outcome.err
-    for error, line in zip(outcome.errors, lines, strict=True):
-        assert line in error
-    assert outcome.out == ""
-
-
 def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -78,7 +69,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_a_cache_that_was_not_prepared(done: Done) -> None:
     shutil.rmtree(done.run)
     config = done.config(data={"cache": str(done.folder / "elsewhere")})
-    check(run("train", config), "the cache has not been prepared; run `longtake prepare` with this config")
+    assert not wrong(run("train", config), "the cache has not been prepared; run `longtake prepare` with this config")
     assert not done.run.exists()
 
 
@@ -92,7 +83,7 @@ def test_a_cache_that_was_not_prepared(done: Done) -> None:
 def test_a_cache_from_other_settings_says_which(done: Done, change: dict[str, Any], difference: str) -> None:
     shutil.rmtree(done.run)
     line = f"the cache was prepared with other settings: {difference}; run `longtake prepare` with this config"
-    check(run("train", done.config(data=change)), line)
+    assert not wrong(run("train", done.config(data=change)), line)
 
 
 def test_a_cache_that_lacks_an_entry_or_was_tampered_with(done: Done) -> None:
@@ -100,13 +91,15 @@ def test_a_cache_that_lacks_an_entry_or_was_tampered_with(done: Done) -> None:
     (entry,) = (done.folder / "cache" / "latents").iterdir()
     tensors = load_file(entry)
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, entry)
-    check(run("train", done.config()), f"{entry.name}: the entry has changed since it was written; delete it and run")
+    assert not wrong(
+        run("train", done.config()), f"{entry.name}: the entry has changed since it was written; delete it and run"
+    )
     entry.write_bytes(b"")
     shutil.rmtree(done.run, ignore_errors=True)
-    check(run("train", done.config()), f"{entry.name}: the entry cannot be read")
+    assert not wrong(run("train", done.config()), f"{entry.name}: the entry cannot be read")
     entry.unlink()
     shutil.rmtree(done.run, ignore_errors=True)
-    check(run("train", done.config()), "1 of 4 entries are missing; run `longtake prepare` again")
+    assert not wrong(run("train", done.config()), "1 of 4 entries are missing; run `longtake prepare` again")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +117,7 @@ def test_a_cache_that_lacks_an_entry_or_was_tampered_with(done: Done) -> None:
 )
 def test_a_run_that_cannot_begin_leaves_things_as_they_are(done: Done, arguments: list[str], line: str) -> None:
     before = files_of(done.run)
-    check(run("train", done.config(), *arguments), line)
+    assert not wrong(run("train", done.config(), *arguments), line)
     assert files_of(done.run) == before
     assert not (done.folder / "other" / "config.toml").exists()
 
@@ -142,7 +135,7 @@ def test_a_sample_that_could_not_be_made_is_refused_before_the_first_step(
 ) -> None:
     shutil.rmtree(done.run)
     outcome = run("train", done.config(validation={"samples": [sample], "sample_steps": 2}))
-    check(outcome, line)
+    assert not wrong(outcome, line)
     assert not (done.run / "config.toml").exists()
 
 
@@ -159,7 +152,7 @@ def test_checkpoints_that_are_all_damaged(done: Done) -> None:
         content[-1] ^= 1
         path.write_bytes(content)
     outcome = run("train", done.config(), "--resume")
-    check(outcome, "checkpoints: all checkpoints are damaged; start a new run", status=1)
+    assert not wrong(outcome, "checkpoints: all checkpoints are damaged; start a new run", status=1)
     assert "trained.safetensors has changed since it was written" in outcome.err
 
 
@@ -184,7 +177,7 @@ def test_checkpoints_that_are_all_damaged(done: Done) -> None:
     ],
 )
 def test_a_wish_that_cannot_be_fulfilled(done: Done, arguments: list[str], line: str) -> None:
-    check(done.sample(*(done.named(word) for word in arguments)), line)
+    assert not wrong(done.sample(*(done.named(word) for word in arguments)), line)
     assert not (done.folder / "out.mp4").exists()
 
 
@@ -196,9 +189,11 @@ def test_a_lora_of_another_model(done: Done) -> None:
     save_file({k: torch.cat([v, v], int("lora_A" in k)) if "lora" in k else v for k, v in adapter.items()}, wide)
     clips.write_truncated(cut, done.run / "adapter.safetensors")
     tiny = ["--model", done.root("tiny-t2v"), "--size", "32x32", "--num-frames", 5, "--lora"]
-    check(done.sample(*tiny, foreign), "foreign.safetensors: this is a LoRA of another model")
-    check(done.sample(*tiny, cut), "cut.safetensors: the safetensors file is damaged")
-    check(done.sample(*tiny, done.root("tiny-t2v") / "vae" / "diffusion_pytorch_model.safetensors"), "is no LoRA")
+    assert not wrong(done.sample(*tiny, foreign), "foreign.safetensors: this is a LoRA of another model")
+    assert not wrong(done.sample(*tiny, cut), "cut.safetensors: the safetensors file is damaged")
+    assert not wrong(
+        done.sample(*tiny, done.root("tiny-t2v") / "vae" / "diffusion_pytorch_model.safetensors"), "is no LoRA"
+    )
     outcome = done.sample(*tiny, wide)
     assert outcome.status == 2
     assert outcome.errors
@@ -216,25 +211,31 @@ def test_a_lora_of_another_model(done: Done) -> None:
 )
 def test_an_export_that_cannot_be_made(done: Done, arguments: list[str], line: str) -> None:
     out = done.folder / "out.safetensors"
-    check(run("export", *(done.named(word) for word in arguments), "--out", out), line)
+    assert not wrong(run("export", *(done.named(word) for word in arguments), "--out", out), line)
     assert not out.exists()
 
 
 def test_an_output_that_cannot_be_written(done: Done) -> None:
     out = done.folder / "first.png" / "below"
-    check(run("export", "--run", done.run, "--format", "kohya", "--out", out), "first.png is no folder", status=1)
+    assert not wrong(
+        run("export", "--run", done.run, "--format", "kohya", "--out", out), "first.png is no folder", status=1
+    )
     wish = ["--run", done.run, "--image", done.folder / "first.png", "--steps", 1, "--out", out]
-    check(run("sample", "--prompt", "grey", *wish), "first.png is no folder", status=1)
+    assert not wrong(run("sample", "--prompt", "grey", *wish), "first.png is no folder", status=1)
 
 
 def test_a_first_config_that_cannot_be_made(done: Done) -> None:
     taken, free = done.folder / "run.toml", done.folder / "new.toml"
     root = done.root("tiny-i2v")
     data = done.folder / "data"
-    check(run("init", "--model", root, "--data", data, "-o", taken), "run.toml: the file exists; choose another name")
-    check(run("init", "--model", "wan9", "--data", data, "-o", free), "there is no model called 'wan9'")
-    check(run("init", "--model", root, "--data", done.folder / "gone", "-o", free), "gone: the source does not exist")
-    check(run("init", "--model", root, "-o", free), "longtake init: Missing option '--data'")
+    assert not wrong(
+        run("init", "--model", root, "--data", data, "-o", taken), "run.toml: the file exists; choose another name"
+    )
+    assert not wrong(run("init", "--model", "wan9", "--data", data, "-o", free), "there is no model called 'wan9'")
+    assert not wrong(
+        run("init", "--model", root, "--data", done.folder / "gone", "-o", free), "gone: the source does not exist"
+    )
+    assert not wrong(run("init", "--model", root, "-o", free), "longtake init: Missing option '--data'")
     assert not free.exists()
 
 

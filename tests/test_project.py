@@ -138,9 +138,10 @@ def test_torch_load_has_at_most_one_caller_and_reads_only_weights() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_is_a_valid_config(path: Path) -> None:
+    from longtake.config.conflicts import conflicts
     from longtake.config.schema import RunConfig
 
-    RunConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    assert not [*conflicts(RunConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))))]
 
 
 def test_tests_check_the_shapes_of_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

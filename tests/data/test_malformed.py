@@ -99,7 +99,7 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
 def test_a_truncated_mp4(tmp_path: Path, movflags: str, share: float) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (48, 48, 64, 3), np.uint8)
     whole = clips.write(tmp_path / "whole.mp4", noise, movflags=movflags)
-    refused(clips.write_truncated(tmp_path / "cut.mp4", whole, share))
+    assert "cut.mp4" in refused(clips.write_truncated(tmp_path / "cut.mp4", whole, share))
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])

@@ -245,7 +245,7 @@ def test_a_page_that_cannot_be_written_is_an_error_that_names_it(run: Path) -> N
 def test_the_report_needs_no_torch(run: Path) -> None:
     code = "import sys, pathlib, longtake.web.report as report; report.write_report(pathlib.Path(sys.argv[1]))"
     code += "; sys.exit(bool({'torch', 'numpy', 'pydantic'} & set(sys.modules)))"
-    subprocess.run([sys.executable, "-c", code, str(run)], check=True, timeout=60)
+    assert subprocess.run([sys.executable, "-c", code, str(run)], check=False, timeout=60).returncode == 0
 
 
 def test_a_chart_of_many_points_keeps_its_spikes_and_stays_small() -> None:
