@@ -21,13 +21,14 @@ from longtake.memory.optimizer_offload import OffloadedAdamW
 from longtake.memory.strategy import apply
 from longtake.models.spec import ModelSpec
 from longtake.models.wan.variants import WanVariant
-from longtake.planner.ledger import CountedCopies, Ledger, Storage
+from longtake.planner.ledger import Ledger, Storage
 from longtake.planner.meta_model import META, Subject, as_it_was, batch_tensors
 from longtake.planner.meta_model import build as build_model
 from longtake.planner.meta_model import meta_batch as batch_of
 from longtake.planner.operators import RMS_NORM_IN_FP32, operators_of
+from longtake.planner.planned_copies import PlannedCopies
+from longtake.planner.step import optimizer_for
 from longtake.training.batch import Batch, summed_loss
-from longtake.training.optimizer import allocate_states, build_optimizer
 from longtake.training.precision import compute_in
 
 
@@ -98,11 +99,13 @@ def trace(
     With `explain_at`, the peak of an earlier trace, `largest` has the storages alive then.
     """
     ledger = Ledger(workspaces=details.workspaces, explain_at=explain_at)
-    copies = CountedCopies(ledger)
+    copies = PlannedCopies(ledger, [])
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         stack.enter_context(as_it_was(traced.transformer))
         stack.enter_context(_adapters_in(details.adapters, traced))
-        optimizer = _optimizer(traced, strategy, copies) if details.adam else None
+        optimizer = (
+            optimizer_for(traced.parameters, traced.training, strategy, copies, "cuda") if details.adam else None
+        )
         stack.enter_context(_labelled(traced, ledger))
         stack.enter_context(operators_of("cuda", details.rms_norm_in_fp32, details.fused_rms_norm))
         stack.enter_context(apply(traced.transformer, traced.spec, strategy, Path(scratch), copies=copies))
@@ -137,22 +140,8 @@ def _step(
     return forward_flops
 
 
-def _optimizer(traced: Traced, strategy: MemoryStrategy, copies: CountedCopies) -> torch.optim.Optimizer:
-    """The strategy's, with its states, updating as on CUDA: in one kernel, or chunk by chunk."""
-    optimizer = build_optimizer(traced.parameters, traced.training, strategy)
-    way = "foreach" if isinstance(optimizer, OffloadedAdamW) else "fused"
-    for group in (optimizer.defaults, *optimizer.param_groups):
-        group[way] = True
-    if isinstance(optimizer, OffloadedAdamW):
-        copies.host_bytes += optimizer.copies.host_bytes  # type: ignore[attr-defined]  # MetaCopies, on meta
-        optimizer.copies = copies
-    else:
-        allocate_states(optimizer)
-    return optimizer
-
-
 def _hold(
-    ledger: Ledger, copies: CountedCopies, traced: Traced, optimizer: torch.optim.Optimizer | None, batch: Batch
+    ledger: Ledger, copies: PlannedCopies, traced: Traced, optimizer: torch.optim.Optimizer | None, batch: Batch
 ) -> None:
     """Tells `ledger` what is on the device before the step."""
     frozen = [parameter for parameter in traced.transformer.parameters() if not parameter.requires_grad]

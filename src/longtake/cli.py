@@ -187,7 +187,7 @@ def train(
     from longtake.training.run import train as train_run
     from longtake.web.report import write_report
 
-    loaded, planned = planned_run(loaded) if is_open(loaded) else (loaded, None)
+    loaded, planned = planned_run(loaded, resume) if is_open(loaded) else (loaded, None)
     run = train_run(loaded, resume, Reporter(), planned)
     print(f"report:  {write_report(run)}")
     print(f"result:  {run / ('adapter.safetensors' if loaded.lora else 'transformer')}")

@@ -3,8 +3,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtake.memory.host_buffers import HostTier, allocate, computed, copy
-from longtake.planner.ledger import CountedCopies, Ledger
+from longtake.planner.ledger import Ledger
 
 META = torch.device("meta")
 
@@ -117,17 +116,3 @@ def test_the_largest_storages_at_the_peak_are_told_with_what_made_them() -> None
         ("block", "mul.Tensor"),
         ("block", "exp.default"),
     }
-
-
-def test_copies_are_counted_each_way_and_what_they_fill_is_a_buffer_but_host_memory_is_not() -> None:
-    ledger = Ledger()
-    copies = CountedCopies(ledger)
-    slot = allocate(copies, 1000, META)  # before the ledger watches, as a ring is
-    with ledger:
-        waiting = HostTier(copies).take(1000)
-        copy(copies, "outward", waiting, computed(copies, meta(1000, dtype=torch.uint8)))
-        copy(copies, "inward", slot, waiting)
-    assert copies.moved == {"outward": 1000, "inward": 1000}
-    assert copies.host_bytes == 1000
-    assert +ledger.now == {"buffers": 1024}
-    assert copies.on_device([waiting._place.view(10, 100), slot._place]) == [slot._place]

@@ -90,18 +90,24 @@ def ladder(strategy: MemoryStrategy, transformer: nn.Module, spec: ModelSpec) ->
     return tuple(rungs)
 
 
-def _unfit(strategy: MemoryStrategy, blocks: nn.ModuleList, spec: ModelSpec) -> Iterator[Problem]:
-    """What the model at hand does not allow."""
-    if strategy.block_swap > len(blocks):
-        yield Problem(f"the model has {len(blocks)} blocks", "memory.block_swap", f"at most {len(blocks)}")
-    if strategy.block_swap and all(parameter.requires_grad for parameter in blocks.parameters()):
+def unfit(strategy: MemoryStrategy, shape: tuple[int, int], frozen: bool, drops_out: bool) -> Iterator[Problem]:
+    """What a model of `shape` (blocks, heads) does not allow, whose blocks have frozen weights, or draw dropout."""
+    blocks, heads = shape
+    if strategy.block_swap > blocks:
+        yield Problem(f"the model has {blocks} blocks", "memory.block_swap", f"at most {blocks}")
+    if strategy.block_swap and not frozen:
         yield Problem("all weights are trained, none can be streamed", "memory.block_swap", "leave it out")
-    if strategy.attention_head_groups > spec.heads:
-        what = f"the model has {spec.heads} heads"
-        yield Problem(what, "memory.attention_head_groups", f"at most {spec.heads}")
-    if (strategy.slices > 1 or strategy.attention_head_groups > 1) and _drops_out(blocks):
+    if strategy.attention_head_groups > heads:
+        yield Problem(f"the model has {heads} heads", "memory.attention_head_groups", f"at most {heads}")
+    if (strategy.slices > 1 or strategy.attention_head_groups > 1) and drops_out:
         what = "a block in slices would draw its dropout differently"
         yield Problem(what, "memory.slices", "leave out lora.dropout, or the slices")
+
+
+def _unfit(strategy: MemoryStrategy, blocks: nn.ModuleList, spec: ModelSpec) -> Iterator[Problem]:
+    """What the model at hand does not allow."""
+    frozen = not all(parameter.requires_grad for parameter in blocks.parameters())
+    return unfit(strategy, (len(blocks), spec.heads), frozen, _drops_out(blocks))
 
 
 def _unfit_fallbacks(strategy: MemoryStrategy, blocks: nn.ModuleList, spec: ModelSpec) -> Iterator[Problem]:

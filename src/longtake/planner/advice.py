@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from longtake.config.schema import MemoryStrategy
-from longtake.planner.candidates import CUTS, Freedom, bases
+from longtake.planner.candidates import CUTS, Freedom, bases, frugal
 from longtake.planner.hardware import DEVICES
 from longtake.planner.load import Load
 from longtake.planner.parts import Parts
@@ -64,7 +64,7 @@ def _found(parts: Parts, question: Question) -> Iterator[Advice]:
             yield _advice(parts, replace(question, bucket=smaller), f"data.size = [{width}, {height}]")
             break
     if question.freedom.pinned:
-        free = replace(question, freedom=Freedom())
+        free = replace(question, freedom=replace(question.freedom, pinned={}))
         if _fits(parts, free):
             pins = ", ".join(f"memory.{name}" for name in question.freedom.pinned)
             yield _advice(parts, free, f"leave {pins} to the planner")
@@ -113,15 +113,9 @@ def _most_frugal(parts: Parts, question: Question) -> Iterator[MemoryStrategy]:
     """All that a strategy can move away, to host memory and to the disk."""
     cut = CUTS[0] if parts.drops_out else (CUTS[-1][0], min(CUTS[-1][1], parts.spec.heads))
     for place in ("host", "disk"):
-        wanted = {
-            "gradient_checkpointing": "block",
-            "activation_offload": place,
-            "activation_offload_fraction": 1.0,
-            "optimizer_offload": True,
-            "slices": cut[0],
-            "attention_head_groups": cut[1],
-            **({"block_swap": parts.blocks, "block_swap_from": place} if parts.frozen and parts.blocks > 2 else {}),
-        }
+        wanted = {"optimizer_offload": True, "activation_offload": place, **frugal(parts.blocks, parts.frozen, cut)}
+        if "block_swap" in wanted:
+            wanted["block_swap_from"] = place
         pinned = dict(question.freedom.pinned)
         if pinned.get("optimizer") == "adamw8bit":
             wanted.pop("optimizer_offload")

@@ -81,6 +81,14 @@ def cuts(freedom: Freedom, heads: int, drops_out: bool) -> tuple[tuple[int, int]
     return tuple(dict.fromkeys((slices, min(groups, heads)) for slices, groups in CUTS))
 
 
+def frugal(blocks: int, frozen: bool, cut: tuple[int, int]) -> dict[str, Any]:
+    """Fields of [memory] with which a model of `blocks` blocks holds least, wherever what is moved may wait."""
+    fields: dict[str, Any] = {"gradient_checkpointing": "block", "activation_offload_fraction": 1.0}
+    if frozen and blocks > 2:
+        fields["block_swap"] = blocks
+    return fields | {"slices": cut[0], "attention_head_groups": cut[1]}
+
+
 def swaps(freedom: Freedom, blocks: int, every: int) -> tuple[int, ...]:
     """Numbers of swapped blocks to try, rising; a ring that saves nothing is left out."""
     if "block_swap" in freedom.pinned:

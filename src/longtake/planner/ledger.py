@@ -2,7 +2,7 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longtake.memory.copies import Event, MetaCopies, Place, Queue
 from longtake.memory.flattened import inner_tensors
 from longtake.planner.events import Work
 from longtake.planner.kernels import GRANULE, KERNELS, Result, is_view, rounded, workspaces
@@ -173,32 +172,3 @@ class Ledger(TorchDispatchMode):
         if self.explain_at is not None and total >= self.explain_at and not self.largest:
             found = [storage for _, storage in self._alive.values()]
             self.largest = sorted(found, key=lambda storage: -storage.nbytes)
-
-
-class CountedCopies(MetaCopies):
-    """Tells a ledger of the buffers that are filled on the device, and counts the bytes that cross each way."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        super().__init__()
-        self.ledger = ledger
-        self.moved: Counter[Queue] = Counter()
-        self.of_host: set[int] = set()
-
-    def start(self, queue: Queue, target: Place, source: Place, after: Sequence[Event]) -> Event:
-        """Done at once."""
-        assert isinstance(target, Tensor), "on meta there are no files"
-        self.moved[queue] += target.nbytes
-        if queue == "inward":
-            self.ledger.hold("buffers", [target])
-        return super().start(queue, target, source, after)
-
-    def host(self, nbytes: int) -> Tensor:
-        """A tensor that is not the device's."""
-        memory = super().host(nbytes)
-        self.of_host.add(memory.untyped_storage()._cdata)
-        return memory
-
-    def on_device(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """Those tensors, or parts of tensors, that are not views of `host`'s."""
-        inner = [inner for tensor in tensors for inner in inner_tensors(tensor)]
-        return [tensor for tensor in inner if tensor.untyped_storage()._cdata not in self.of_host]

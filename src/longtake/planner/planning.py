@@ -5,19 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from longtake.config.conflicts import memory_conflicts
 from longtake.config.schema import MemoryStrategy
+from longtake.errors import ConfigError, Problem
 from longtake.models.wan.variants import WanVariant
 from longtake.planner.advice import advice, most_frames
 from longtake.planner.allocator import CONTEXT_BYTES
-from longtake.planner.candidates import CUTS, Freedom
+from longtake.planner.candidates import CUTS, Freedom, frugal
 from longtake.planner.events import KINDS, Compute
 from longtake.planner.load import Load
 from longtake.planner.machine import Machine
 from longtake.planner.meta_model import Subject
 from longtake.planner.naming import name_of
+from longtake.planner.parallel import parallel_conflicts
 from longtake.planner.plans import Bucket, BucketNeeds, Plan, Report, StagePeak
 from longtake.planner.search import Candidate, Question, Search
 from longtake.planner.stages import image_encoder_peak, prepare_peaks, sampling_peaks, save_peak, text_encoder_peak
@@ -60,6 +61,8 @@ def plan(request: Request, tracer: Tracer | None = None) -> Report:
     tracer = tracer or Tracer(request.subject)
     search = Search(tracer, question_of(request, request.worst))
     candidates = search.found()[:MOST_PLANS]
+    if not candidates:
+        raise ConfigError([*_impossible(request, search)])
     prepared = prepare_peaks(request.variant, request.buckets, request.subject.device_type) if request.stages else ()
     plans = tuple(
         _plan(request, tracer, search, each, prepared, detailed=index == 0) for index, each in enumerate(candidates)
@@ -87,6 +90,18 @@ def plan(request: Request, tracer: Tracer | None = None) -> Report:
         notes=_notes(request, prepared),
         seconds=time.perf_counter() - began,
     )
+
+
+def _impossible(request: Request, search: Search) -> Iterator[Problem]:
+    """Why no strategy of what is pinned can be shared among the GPUs."""
+    gpus, freedom = request.machine.gpus, request.freedom
+    if sharings := search.sharings():
+        pinned = MemoryStrategy(**freedom.pinned)
+        yield from parallel_conflicts(pinned, sharings[0], gpus, request.subject.spec.heads)
+        return
+    clips, unit = request.subject.training.global_batch_size, gpus * (freedom.micro_batch_size or 1)
+    what = f"{clips} clips a step do not come out even on {gpus} GPUs"
+    yield Problem(what, "training.global_batch_size", f"use {-(-clips // unit) * unit}, or other --gpus")
 
 
 def longest_clip(request: Request, tracer: Tracer | None = None) -> int | None:
@@ -222,13 +237,11 @@ def _with_fallbacks(plans: Sequence[Plan], request: Request, tracer: Tracer) -> 
 
 def _most_frugal(strategy: MemoryStrategy, request: Request, tracer: Tracer) -> MemoryStrategy | None:
     """`strategy` with all moved and cut that can be, but for what a run cannot change; None where that cannot work."""
-    wanted: dict[str, Any] = {"gradient_checkpointing": "block", "activation_offload_fraction": 1.0}
+    whole = tracer.drops_out or strategy.checkpoint_every > 1
+    cut = CUTS[0] if whole else (CUTS[-1][0], min(CUTS[-1][1], tracer.spec.heads))
+    wanted = frugal(tracer.blocks, tracer.frozen, cut)
     if strategy.activation_offload == "none":
         wanted["activation_offload"] = "host"
-    if tracer.frozen and tracer.blocks > strategy.checkpoint_every + 1:
-        wanted["block_swap"] = tracer.blocks
-    if not tracer.drops_out and strategy.checkpoint_every == 1:
-        wanted |= {"slices": CUTS[-1][0], "attention_head_groups": min(CUTS[-1][1], tracer.spec.heads)}
     found = strategy.model_copy(update={**wanted, **request.freedom.pinned, "fallbacks": ()})
     return None if [*memory_conflicts(found)] else found
 

@@ -8,11 +8,13 @@ from pathlib import Path
 import psutil
 import torch
 
+from longtake.config.load import load_config
 from longtake.config.schema import RunConfig
 from longtake.data.buckets import check_shape, stage_frames
 from longtake.data.dataset import place, read_sources
 from longtake.errors import ConfigError, NothingFits, Problem
 from longtake.memory.accounting import free_for
+from longtake.memory.strategy import unfit
 from longtake.memory_gauge import expand_segments
 from longtake.models.wan.detection import decide, detect
 from longtake.models.wan.variants import VARIANTS, WanVariant, variant
@@ -25,6 +27,7 @@ from longtake.planner.plans import Bucket, Report
 from longtake.planner.report import to_json
 from longtake.planner.words import why_not
 from longtake.training.planned import Planned, PlannedStrategy
+from longtake.training.run_folder import CONFIG
 from longtake.units import format_bytes, parse_bytes
 
 HOST_BYTES = 128 * 2**30
@@ -51,8 +54,13 @@ def request_of(config: RunConfig, where: Where, clips: bool = True) -> tuple[Req
     With `clips` its buckets are those of the clips where these are here.
     """
     found = _variant(config)
+    if where.gpus < 1:
+        raise ConfigError(Problem(f"{where.gpus} GPUs train nothing", "--gpus", "use 1 or more"))
     machine, notes = _machine(config, where, found)
     subject = Subject(found, config.lora, config.training, config.model.dtype, "cpu" if machine.is_cpu else "cuda")
+    drops_out = config.lora is not None and config.lora.dropout > 0
+    if problems := [*unfit(config.memory, (subject.blocks, found.spec.heads), config.lora is not None, drops_out)]:
+        raise ConfigError(problems)
     chosen = config.memory.model_fields_set.difference(UNPINNED)
     pinned = {name: getattr(config.memory, name) for name in sorted(chosen)}
     micro = config.training.micro_batch_size if "micro_batch_size" in config.training.model_fields_set else None
@@ -71,9 +79,13 @@ def request_of(config: RunConfig, where: Where, clips: bool = True) -> tuple[Req
     return Request(subject, machine, buckets, freedom, samples), notes
 
 
-def planned_run(config: RunConfig) -> tuple[RunConfig, Planned]:
-    """`config` with the fastest strategy that fits this machine and its budget; raises NothingFits."""
-    request, _ = request_of(config, Where())
+def planned_run(config: RunConfig, resume: bool = False) -> tuple[RunConfig, Planned]:
+    """`config` with the fastest strategy that fits this machine and its budget; raises NothingFits.
+
+    A run that is resumed keeps the strategy and the micro-batch that it had, unless the config asks for others: a plan
+    made anew may choose another of two that are nearly as fast, and rounding would differ from there on.
+    """
+    request, _ = request_of(_as_before(config) if resume else config, Where())
     report = plan(request)
     if report.chosen is None:
         raise nothing_fits(report)
@@ -94,6 +106,21 @@ def planned_run(config: RunConfig) -> tuple[RunConfig, Planned]:
     ]
     run = config.model_copy(update={"memory": memory, "training": training})
     return run, Planned(tuple(strategies), to_json(report))
+
+
+def _as_before(config: RunConfig) -> RunConfig:
+    """`config` with what its run folder says of memory, if it has one and the config does not say otherwise."""
+    recorded = Path(config.output.run) / CONFIG
+    if not recorded.is_file():
+        return config
+    before = load_config(recorded)
+    pinned = config.memory.model_fields_set.difference(["fallbacks"])
+    if any(getattr(config.memory, name) != getattr(before.memory, name) for name in {"budget", *pinned}):
+        return config
+    size, own = before.training.micro_batch_size, config.training
+    if "micro_batch_size" not in own.model_fields_set:
+        own = own.model_copy(update={"micro_batch_size": size})
+    return config.model_copy(update={"memory": before.memory, "training": own})
 
 
 def nothing_fits(report: Report) -> NothingFits:

@@ -95,7 +95,7 @@ class Search:
         """Candidates, fastest first among those that fit; then, where none does, the nearest to fitting."""
         candidates = self._of({})
         for rounding in LAST_RESORTS:
-            if any(self.fits(each) for each in candidates):
+            if not candidates or any(self.fits(each) for each in candidates):
                 break
             if self._may_help(rounding, candidates):
                 candidates += self._of(rounding)
@@ -136,7 +136,7 @@ class Search:
         found: list[Candidate] = []
         freedom, heads = self.question.freedom, self.parts.spec.heads
         tokens = self.parts.spec.tokens(*self.question.bucket)
-        sharings = self._sharings()
+        sharings = self.sharings()
         for cut in cuts(freedom, heads, self.parts.drops_out):
             best = self._best(found)
             if best and cut != CUTS[0] and best.stalled_seconds < NO_STALLS * best.seconds:
@@ -150,7 +150,7 @@ class Search:
                     found += self._of_load(load, parallel, cut, quantized)
         return found
 
-    def _sharings(self) -> list[ParallelConfig]:
+    def sharings(self) -> list[ParallelConfig]:
         """The ways to share the work among the GPUs that come out even with the global batch."""
         pinned, gpus = self.question.freedom.pinned_parallel, self.machine.gpus
         method: Literal["lora", "full"] = "lora" if self.parts.frozen else "full"
@@ -158,7 +158,8 @@ class Search:
         if gpus > 1 and pinned:
             wanted = ParallelConfig(**{"strategy": "ddp", **pinned})
             found = tuple(each for each in found if all(getattr(each, k) == v for k, v in pinned.items())) or (wanted,)
-        return [each for each in found if self.question.global_batch_size % (gpus // each.sp) == 0]
+        size = self.question.freedom.micro_batch_size or 1
+        return [each for each in found if self.question.global_batch_size % (size * (gpus // each.sp)) == 0]
 
     def _clips(self, parallel: ParallelConfig) -> int:
         """Of a step, on one rank."""
@@ -177,6 +178,8 @@ class Search:
             if any(_no_faster(base, done.strategy) for done in reached.get(mode, ())):
                 continue
             if any(parallel_conflicts(base, parallel, self.machine.gpus, self.parts.spec.heads)):
+                continue
+            if self.question.freedom.pinned.get("block_swap") and not self._swappable(base, parallel):
                 continue
             candidate = self._with_swap(base, load, parallel)
             if self.fits(candidate):
@@ -270,5 +273,5 @@ def _no_faster(base: MemoryStrategy, fitting: MemoryStrategy) -> bool:
 def _one_memory(composed: Composed) -> Composed:
     """On a CPU what waits in host memory is in the same memory: it counts as buffers."""
     peak = [*composed.peak]
-    peak[6] += composed.host_bytes
+    peak[KINDS.index("buffers")] += composed.host_bytes
     return replace(composed, peak=tuple(peak), host_bytes=0)
