@@ -13,6 +13,8 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# DeepSpeed's kernels are compiled where one is used; none is here.
+export DS_BUILD_OPS := 0
 
 # A .venv whose Python no longer runs (the interpreter was removed, the folder was moved) is made anew.
 ifneq ($(shell $(BIN)/python -c '' >/dev/null 2>&1 && echo runs),runs)

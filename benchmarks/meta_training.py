@@ -22,7 +22,7 @@ from longtake.memory.strategy import apply
 from longtake.models.spec import ModelSpec
 from longtake.models.wan.variants import WanVariant
 from longtake.planner.ledger import Ledger, Storage
-from longtake.planner.meta_model import META, Subject, as_it_was, batch_tensors
+from longtake.planner.meta_model import Subject, as_it_was, batch_tensors
 from longtake.planner.meta_model import build as build_model
 from longtake.planner.meta_model import meta_batch as batch_of
 from longtake.planner.operators import RMS_NORM_IN_FP32, operators_of
@@ -130,7 +130,7 @@ def _step(
         if optimizer is None:
             loss.backward()
         else:
-            backend = SingleDevice(parameters, optimizer, META, fp16=False)
+            backend = SingleDevice(traced.transformer, traced.parameters, optimizer, fp16=False)
             backend.backward(loss)
     if optimizer is not None:
         nn.utils.clip_grad_norm_(parameters, traced.training.clip_norm)

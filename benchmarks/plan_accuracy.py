@@ -98,7 +98,7 @@ def _run(case: Case, gauge: MemoryGauge) -> Measured:
     offloaded = isinstance(optimizer, OffloadedAdamW)
     if not offloaded:
         allocate_states(optimizer)
-    backend = SingleDevice([*parameters.values()], optimizer, CPU, fp16=False)
+    backend = SingleDevice(transformer, parameters, optimizer, fp16=False)
     with (
         tempfile.TemporaryDirectory() as scratch,
         closing(optimizer) if offloaded else nullcontext(),

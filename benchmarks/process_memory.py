@@ -132,10 +132,9 @@ def training(size: Size, strategy: MemoryStrategy, folder: Path) -> Training:
 
 def step(given: Training) -> None:
     """Forward, loss, backward, clipping, AdamW: `training.trainer.Trainer._step` for one micro-batch."""
-    parameters = [*given.parameters.values()]
-    backend = SingleDevice(parameters, given.optimizer, CPU, fp16=False)
+    backend = SingleDevice(given.transformer, given.parameters, given.optimizer, fp16=False)
     backend.backward(summed_loss(given.transformer, given.spec, given.batch))
-    nn.utils.clip_grad_norm_(parameters, 1.0)
+    backend.clip(1.0)
     backend.step(skip=False)
 
 

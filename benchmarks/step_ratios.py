@@ -22,8 +22,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from process_memory import CPU, LORA, TINY, Size, Training, training, write_weights
-from torch import nn
+from process_memory import LORA, TINY, Size, Training, training, write_weights
 
 from longtake.config.schema import MemoryStrategy, TrainingConfig
 from longtake.distributed.backend import SingleDevice
@@ -169,11 +168,10 @@ def _prepared(size: Size, way: Way, folder: Path, stack: ExitStack) -> Training:
 def _timed(given: Training, way: Way) -> float:
     """Seconds of a step, as `training.trainer.Trainer` does it."""
     started, queued = time.perf_counter(), _queued_seconds()
-    parameters = [*given.parameters.values()]
-    backend = SingleDevice(parameters, given.optimizer, CPU, fp16=False)
+    backend = SingleDevice(given.transformer, given.parameters, given.optimizer, fp16=False)
     for _ in range(way.micro_batches):
         backend.backward(summed_loss(given.transformer, given.spec, given.batch) / way.micro_batches)
-    nn.utils.clip_grad_norm_(parameters, 1.0)
+    backend.clip(1.0)
     backend.step(skip=False)
     return time.perf_counter() - started - (_queued_seconds() - queued)
 

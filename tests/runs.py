@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import torch
 
@@ -52,9 +53,7 @@ class Scene:
             table[name] = None if changes is None else {**table.get(name, {}), **changes}
         return RunConfig.model_validate(table)
 
-    def prepare(
-        self, config: RunConfig, reporter: Reporter | None = None, ranks: tuple[int, int] = (0, 1)
-    ) -> Manifest | None:
+    def prepare(self, config: RunConfig, reporter: Reporter | None = None, ranks: tuple[int, int] = (0, 1)) -> Manifest:
         """Fills the cache for `config`."""
         return prepare(config, self.spec, self.root, CPU, reporter or Reporter(quiet=True), ranks)
 
@@ -126,6 +125,25 @@ def scene(model: str, root: Path, folder: Path, count: int = 4, frames: int = 24
     for index in range(count):
         draw_clip(source / f"{index}.mp4", index, frames)
     return Scene(model, root, source, folder / "cache")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file in `folder` by its name."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def with_a_clip_that_breaks_off(scene: Scene) -> Scene:
+    """Adds a clip that is sound where it is looked at first and damaged where it is read, and a copy of it."""
+    good = draw_clip(scene.source / "broken.mp4", 90, frames=200)
+    content = bytearray(good.read_bytes())
+    with av.open(str(good)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    for position, size in packets[40:]:  # FFmpeg's threads read up to 16 ahead of what is asked for
+        content[position : position + size] = bytes(size)
+    for name in ("broken", "copy"):
+        (scene.source / f"{name}.mp4").write_bytes(content)
+        (scene.source / f"{name}.txt").write_text(name)
+    return scene
 
 
 def draw_clip(path: Path, index: int, frames: int = 24) -> Path:

@@ -30,7 +30,8 @@ from longtake.models.wan.weights import load_transformer, locate
 from longtake.progress import Reporter
 from longtake.sampling import SampleRequest, sample
 from longtake.training.metrics import FILE, read_metrics
-from longtake.training.run import ADAPTER, train
+from longtake.training.outputs import ADAPTER
+from longtake.training.run import train
 
 CPU = torch.device("cpu")
 FRAMES = 17

@@ -1,18 +1,17 @@
 """The command line. Heavy imports are inside each command, so that `--help` and a config's error answer at once."""
 
 import json
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
+from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 
 from longtake import cli_options as options
 from longtake.errors import ConfigError, LongtakeError, Problem
-
-if TYPE_CHECKING:
-    from longtake.config.schema import RunConfig
 
 app = typer.Typer(
     help="Fine-tune Wan video models (text-to-video, image-to-video; LoRA or full).",
@@ -33,15 +32,22 @@ def main() -> None:
         # not standalone: typer would print a box of several lines for a wrong flag
         status = app(sys.argv[1:] or ["--help"], prog_name="longtake", standalone_mode=False)
     except LongtakeError as error:
-        _leave(error.problems, error.exit_status)
+        _leave(error.problems, error.exit_status, error.agreed)
     except UsageError as error:
-        _leave([_usage_problem(error)], ConfigError.exit_status)
+        _leave([_usage_problem(error)], ConfigError.exit_status, agreed=True)
     except OSError as error:
         _leave([Problem(error.strerror or str(error), str(error.filename or ""))], LongtakeError.exit_status)
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
+    except Exception:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        # at once: other ranks wait for this one, and what is torch's might wait for them at the end of the process
+        traceback.print_exc()
+        _leave([Problem("ended by the error above")], LongtakeError.exit_status)
     if status == INTERRUPTED:
         _leave([Problem("interrupted")], LongtakeError.exit_status)
+    _leave_status(status or 0)
     sys.exit(status)
 
 
@@ -80,7 +86,9 @@ def inspect(
 @app.command()
 def prepare(config: options.ConfigArgument, assignments: options.SetOption = None) -> None:
     """Encode clips and captions into the conditioning cache; resumable, shared among ranks."""
-    loaded = _load(config, assignments)
+    from longtake.cli_train import load
+
+    loaded = load(config, assignments or [])
     _quiet_libraries()
     from longtake.data.encode import component_root
     from longtake.data.encode import prepare as prepare_cache
@@ -88,14 +96,11 @@ def prepare(config: options.ConfigArgument, assignments: options.SetOption = Non
     from longtake.progress import Reporter
     from longtake.training.model import find_model
 
-    reporter = Reporter()
-    found = find_model(loaded, reporter.line)
+    rank, ranks = world()
+    found = find_model(loaded, Reporter(quiet=rank > 0).line)
     root = component_root(found.root, "model.components")
-    device = local_device()
-    manifest = prepare_cache(loaded, found.variant.spec, root, device, reporter, world())
-    if manifest is None:
-        print(f"this rank's share is cached in {loaded.data.cache}; other ranks have not finished theirs")
-    else:
+    manifest = prepare_cache(loaded, found.variant.spec, root, local_device(), Reporter(), (rank, ranks))
+    if rank == 0:
         print(f"{len(manifest.entries)} clips ready in {loaded.data.cache}; next: longtake train {config}")
 
 
@@ -149,7 +154,7 @@ def train(
     config: options.ConfigArgument,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in output.run.")] = False,
     assignments: options.SetOption = None,
-    gpus: options.Gpus = 1,
+    gpus: options.GpusToStart = None,
     budget: options.Budget = None,
     num_frames: options.Frames = None,
     height: options.Height = None,
@@ -163,6 +168,7 @@ def train(
     accumulation: options.Accumulation = None,
 ) -> None:
     """Train, or continue with --resume; every flag beats the TOML."""
+    from longtake import cli_train
     from longtake.config.flags import Flags
 
     flags = Flags(
@@ -178,19 +184,10 @@ def train(
         learning_rate=learning_rate,
         gradient_accumulation_steps=accumulation,
     )
-    loaded = _load(config, assignments, flags)
-    if gpus != 1:
-        raise ConfigError(Problem(f"{gpus} GPUs were asked for", "--gpus", "this version trains on one device"))
-    _quiet_libraries()
-    from longtake.planner.request import is_open, planned_run
-    from longtake.progress import Reporter
-    from longtake.training.run import train as train_run
-    from longtake.web.report import write_report
-
-    loaded, planned = planned_run(loaded, resume) if is_open(loaded) else (loaded, None)
-    run = train_run(loaded, resume, Reporter(), planned)
-    print(f"report:  {write_report(run)}")
-    print(f"result:  {run / ('adapter.safetensors' if loaded.lora else 'transformer')}")
+    asked = cli_train.Asked(config, resume, tuple(assignments or ()), gpus, flags)
+    status = cli_train.train(asked, print)
+    if status:
+        raise typer.Exit(status)
 
 
 @app.command()
@@ -252,21 +249,6 @@ def demo(out: Annotated[Path, typer.Option(help="Folder to work in.")] = Path("d
         print(line)
 
 
-def _load(path: Path, assignments: list[str] | None, flags: object = None) -> "RunConfig":
-    """The config with flags and --set on top, each of which is printed."""
-    from longtake.config.conflicts import check
-    from longtake.config.flags import Flags, overrides
-    from longtake.config.load import load_config, parse_set
-
-    given = parse_set(assignments or [])
-    given += overrides(flags, path, given) if isinstance(flags, Flags) else []
-    config = load_config(path, given)
-    for override in given:
-        print(f"{override.key} = {override.value!r}  ({override.flag})", file=sys.stderr)
-    check(config)
-    return config
-
-
 def _quiet_libraries() -> None:
     """Before the libraries are imported: they talk then, too."""
     from longtake.models.libraries import quiet_libraries
@@ -274,10 +256,32 @@ def _quiet_libraries() -> None:
     quiet_libraries()
 
 
-def _leave(problems: Sequence[Problem], status: int) -> NoReturn:
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-    sys.exit(status)
+def _leave(problems: Sequence[Problem], status: int, agreed: bool = False) -> NoReturn:
+    """Ends with one line a problem; of ranks that all have it the first says it, one that is alone names itself."""
+    rank, alone = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1") == "1"
+    if alone or not agreed or rank == "0":
+        of_rank = "" if alone or agreed else f"rank {rank}: "
+        for problem in problems:
+            print(f"error: {of_rank}{problem}", file=sys.stderr, flush=True)
+    _leave_status(status)
+    if alone:
+        sys.exit(status)
+    if agreed:  # a launcher ends the others as soon as one leaves: not before all has been said
+        _meet_again()
+    os._exit(status)  # other ranks may wait for this one: nothing of torch's is waited for at its end
+
+
+def _meet_again() -> None:
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def _leave_status(status: int) -> None:
+    from longtake.distributed.launch import leave_status
+
+    leave_status(status)
 
 
 def _usage_problem(error: Any) -> Problem:

@@ -32,3 +32,7 @@ Accumulation = Annotated[
     typer.Option("--gradient-accumulation-steps", "--gradient_accumulation_steps"),
 ]
 Gpus = Annotated[int, typer.Option("--gpus", help="GPUs to use.")]
+GpusToStart = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--gpus", help="GPUs of this machine to train on; without it one, or those of torchrun's ranks."),
+]

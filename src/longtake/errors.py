@@ -22,12 +22,20 @@ class LongtakeError(Exception):
     """Anything that Longtake refuses or cannot do; `problems` has one entry a line to print."""
 
     exit_status = 1
+    agreed = False
+    """Whether every rank raised it, so that one of them has to say it."""
 
     def __init__(self, problems: Problem | str | Sequence[Problem]) -> None:
         if isinstance(problems, str):
             problems = Problem(problems)
         self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+def agreed(error: LongtakeError) -> LongtakeError:
+    """`error`, which every rank raises."""
+    error.agreed = True
+    return error
 
 
 class InputError(LongtakeError):

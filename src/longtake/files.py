@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,23 +56,49 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
 
     `path` must not exist. Raises RunError where the disk refuses.
     """
-    staged = path.with_name(f"{path.name}{STAGED}{uuid.uuid4().hex[:12]}")
+    staged = begin_folder(path)
     try:
+        with refusals(path):
+            write(staged)
+            manifest = described(sorted(staged.iterdir()))
+        finish_folder(staged, path, manifest)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def begin_folder(path: Path) -> Path:
+    """A temporary folder that `finish_folder` makes `path` of; raises RunError where the disk refuses."""
+    staged = path.with_name(f"{path.name}{STAGED}{uuid.uuid4().hex[:12]}")
+    with refusals(path):
         staged.mkdir(parents=True)
-        write(staged)
-        files = sorted(staged.iterdir())
-        manifest = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
-        for file in files:
-            sync(file)
-        _write_text(staged / "manifest.json", json.dumps(manifest, indent=1))
+    return staged
+
+
+def described(written: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """What the manifest says of files, which are on the disk afterwards."""
+    manifest = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in written}
+    for file in written:
+        sync(file)
+    return manifest
+
+
+def finish_folder(staged: Path, path: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes the manifest of all files in `staged` and renames it to `path`; raises RunError where the disk refuses."""
+    with refusals(path):
+        _write_text(staged / "manifest.json", json.dumps(dict(sorted(manifest.items())), indent=1))
         sync(staged / "manifest.json")
         sync(staged)
         staged.rename(path)
         sync(path.parent)
+
+
+@contextlib.contextmanager
+def refusals(path: Path) -> Iterator[None]:
+    """What the disk refuses in the context becomes a RunError that names `path` and what is free there."""
+    try:
+        yield
     except _REFUSALS as error:
         raise _refused(path, error) from error
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
 
 
 def damage(folder: Path) -> str | None:

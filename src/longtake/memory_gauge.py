@@ -5,8 +5,8 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import psutil
@@ -33,6 +33,14 @@ class Memory:
     host_peak_bytes: int
     driver_bytes: int | None = None
     driver_peak_bytes: int | None = None
+
+    def most_of(self, gathered: "Callable[[Memory], Sequence[Memory]]") -> "Memory":
+        """Of each figure the greatest that a rank has; `gathered` asks them all."""
+        found = [astuple(each) for each in gathered(self)]
+        most = (
+            max((value for value in values if value is not None), default=None) for values in zip(*found, strict=True)
+        )
+        return Memory(*most)  # type: ignore[arg-type]  # None only where all are
 
 
 class MemoryGauge:

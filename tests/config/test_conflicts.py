@@ -133,9 +133,15 @@ def test_a_micro_batch_that_divides_is_fine(micro: int) -> None:
             {"training": {"steps": 50}},
             "training.warmup_steps: the warm-up of 50 steps is as long as the run; at mo",
         ),
-        ({"parallel": {"strategy": "fsdp2"}}, 'parallel.strategy: this version trains on one device; use "auto" or "'),
-        ({"parallel": {"sp": 2}}, "parallel.sp: this version trains on one device; use 1"),
-        ({"parallel": {"offload": "optimizer"}}, 'parallel.offload: this version trains on one device; use "none"'),
+        ({"parallel": {"sp": 2}}, "parallel.sp: 1 ranks cannot be shared out 2 ways; use one of 1"),
+        (
+            {"parallel": {"strategy": "fsdp2", "offload": "optimizer"}},
+            "parallel.offload: fsdp2 does not keep it in host memory; leave it out, or use",
+        ),
+        (
+            {"parallel": {"strategy": "deepspeed_stage_3"}, "memory": {"block_swap": 40}},
+            "memory.block_swap: deepspeed_stage_3 moves the weights itself; leave it out, or use",
+        ),
         ({"lora": None, "output": {"formats": ["kohya"]}}, "output.formats: full fine-tuning writes no adapter; leave"),
         ({"validation": {"sample_steps": 4}}, "validation.sample_steps: there are no samples that it would apply to;"),
         ({"validation": {"guidance_scale": 1.0}}, "validation.guidance_scale: there are no samples that it would app"),
@@ -162,15 +168,35 @@ def test_each_conflict_is_one_line_with_a_way_out(changes: dict[str, Any], line:
         {"model": {"dtype": "fp32"}, "training": {"precision": "fp32"}},
         {"validation": {"samples": [{"prompt": "x"}], "sample_steps": 4, "guidance_scale": 1.0}},
         {"output": {"formats": ["kohya", "diffusers"]}},
+        {"parallel": {"strategy": "deepspeed_stage_3", "offload": "parameters"}},
+        {"parallel": {"strategy": "ddp"}},
     ],
 )
 def test_what_goes_together_is_let_through(changes: dict[str, Any]) -> None:
     assert said(**changes) == []
 
 
-def test_ranks_are_refused_while_one_device_is_all() -> None:
-    (line,) = said(2, training={"global_batch_size": 4})
-    assert line == "WORLD_SIZE: 2 ranks were started; this version trains on one device: start one"
+@pytest.mark.parametrize(
+    ("ranks", "sp", "batch", "line"),
+    [
+        (3, 1, 4, "4 is no multiple of 3 ranks x micro-batch 1; the nearest that work: 3 or 6"),
+        (8, 1, 4, "4 is no multiple of 8 ranks x micro-batch 1; the nearest that work: 8"),
+        (8, 2, 6, "6 is no multiple of 4 groups of 2 ranks x micro-batch 1; the nearest that work: 4 or 8"),
+    ],
+)
+def test_a_batch_that_ranks_do_not_share_names_the_nearest(ranks: int, sp: int, batch: int, line: str) -> None:
+    assert said(ranks, training={"global_batch_size": batch}, parallel={"sp": sp}) == [
+        f"training.global_batch_size: {line}"
+    ]
+
+
+def test_ranks_that_share_a_clip_count_as_one() -> None:
+    assert said(8, training={"global_batch_size": 2}, parallel={"sp": 4}) == []
+
+
+def test_dropout_of_a_clip_that_ranks_share_is_refused() -> None:
+    (line,) = said(2, lora={"dropout": 0.1}, parallel={"sp": 2}, training={"global_batch_size": 1})
+    assert line.startswith("lora.dropout: ranks that share a clip would draw its dropout differently")
 
 
 def test_all_conflicts_come_at_once() -> None:

@@ -17,7 +17,7 @@ from longtake.data.video import Window, read_clip
 from longtake.errors import CacheError, DataError, ModelError
 from longtake.models.wan.encoders import encode_video, load_vae, normalise_pixels
 from longtake.models.wan.tiny import build_tiny
-from runs import CPU, SIDE, Recorder, Scene, draw_clip, scene
+from runs import CPU, SIDE, Recorder, Scene, contents, draw_clip, scene, with_a_clip_that_breaks_off
 
 Make = Callable[..., Scene]
 
@@ -37,7 +37,7 @@ def entries(cache: Path) -> dict[str, bytes]:
 def made_by(scene: Scene, **sections: Any) -> set[str]:
     """Kinds and keys of the entries that preparing anew adds."""
     before = entries(scene.cache)
-    assert scene.prepare(scene.config(scene.cache / "run", **sections)) is not None
+    scene.prepare(scene.config(scene.cache / "run", **sections))
     after = entries(scene.cache)
     assert all(after[name] == content for name, content in before.items())
     return after.keys() - before.keys()
@@ -62,7 +62,6 @@ def test_an_entry_holds_what_its_task_needs_and_no_more(
 ) -> None:
     scene = make(model)
     manifest = scene.prepare(scene.config(scene.cache / "run"))
-    assert manifest is not None
     cache = Cache(scene.cache)
     for entry in manifest.entries:
         tensors = cache.read("latents", entry.latents)
@@ -78,7 +77,6 @@ def test_an_entry_holds_what_its_task_needs_and_no_more(
 def test_the_latents_are_the_vaes_of_the_window_and_the_condition_its_first_frame(make: Make) -> None:
     scene = make()
     manifest = scene.prepare(scene.config(scene.cache / "run"))
-    assert manifest is not None
     vae, cache = load_vae(scene.root, CPU), Cache(scene.cache)
     first = next(entry for entry in manifest.entries if entry.prompt == "clip 0")
     tensors = cache.read("latents", first.latents)
@@ -162,7 +160,6 @@ def test_equal_clips_and_equal_captions_are_stored_once(make: Make) -> None:
     shutil.copy(scene.source / "0.mp4", scene.source / "0-again.mp4")
     (scene.source / "0-again.txt").write_text("clip 0")
     manifest = scene.prepare(scene.config(scene.cache / "run", data={"num_frames": 21}))
-    assert manifest is not None
     assert len(manifest.entries) == 2
     assert kinds(set(entries(scene.cache)))["texts"] == 2
     assert len({entry.clip for entry in manifest.entries}) == 1, "they are held out together"
@@ -204,44 +201,53 @@ def test_it_goes_on_where_it_was_interrupted(make: Make, tmp_path: Path) -> None
     assert all(entries(scene.cache)[name] == content for name, content in interrupted.items())
 
 
-def test_ranks_share_the_work_and_make_the_same_cache_as_one_process(make: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_whose_others_never_come_makes_the_same_cache_as_one_process(
+    make: Make, tmp_path: Path, rank: int
+) -> None:
     scene = make(count=3)
-    config = scene.config(scene.cache / "run")
-    assert scene.prepare(config, ranks=(0, 2)) is None
-    first = entries(scene.cache)
-    assert kinds(set(first)) == {"latents": 2, "images": 2, "texts": 2}
-    manifest = scene.prepare(config, ranks=(1, 2))
-    assert manifest is not None
+    manifest = scene.prepare(scene.config(scene.cache / "run"), ranks=(rank, 2))
     whole = Scene(scene.model, scene.root, scene.source, tmp_path / "whole")
     assert whole.prepare(whole.config(tmp_path)) == manifest
-    assert entries(scene.cache) == entries(whole.cache)
-    assert all(entries(scene.cache)[name] == content for name, content in first.items())
+    assert contents(scene.cache) == contents(whole.cache)
 
 
-def with_a_clip_that_breaks_off(scene: Scene) -> None:
-    """A clip whose header promises more than is there, and a copy of it."""
-    good = draw_clip(scene.source / "broken.mp4", 90, frames=40)
-    content = good.read_bytes()
-    start = content.index(b"mdat") + 40
-    for name in ("broken", "copy"):
-        (scene.source / f"{name}.mp4").write_bytes(
-            content[:start] + bytes(len(content) - start - 3000) + content[-3000:]
-        )
-        (scene.source / f"{name}.txt").write_text(name)
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_clip_that_cannot_be_encoded_is_left_out_and_said(make: Make, ranks: int) -> None:
-    scene = make("tiny-t2v", 20)
-    with_a_clip_that_breaks_off(scene)
-    said, manifest = Recorder(), None
+def test_another_rank_finds_everything_done_and_says_nothing(make: Make) -> None:
+    scene, said = make(count=3), Recorder()
     config = scene.config(scene.cache / "run")
-    for rank in range(ranks):
-        manifest = scene.prepare(config, said, ranks=(rank, ranks))
-    assert manifest is not None
+    manifest = scene.prepare(config, ranks=(0, 2))
+    before = contents(scene.cache)
+    assert scene.prepare(config, said, ranks=(1, 2)) == manifest
+    assert contents(scene.cache) == before
+    assert not said.lines
+
+
+@pytest.mark.parametrize(("rank", "prefix"), [((0, 1), ""), ((0, 2), ""), ((1, 2), "rank 1: ")])
+def test_a_clip_that_cannot_be_encoded_is_left_out_and_said(make: Make, rank: tuple[int, int], prefix: str) -> None:
+    scene = with_a_clip_that_breaks_off(make("tiny-t2v", 20))
+    said = Recorder()
+    manifest = scene.prepare(scene.config(scene.cache / "run"), said, ranks=rank)
     assert {entry.prompt for entry in manifest.entries} == {f"clip {index}" for index in range(20)}
-    assert said.having("left out")
-    assert all("broken.mp4" in line or "copy.mp4" in line for line in said.having("left out"))
+    lines = sorted(said.having("left out"))
+    assert len(lines) == 2
+    assert all(line.startswith(f"{prefix}left out: clips/") for line in lines)
+    assert all(
+        f"{name}.mp4 is not a video that can be read" in line
+        for name, line in zip(("broken", "copy"), lines, strict=True)
+    )
+
+
+def test_what_was_rejected_before_is_said_again_and_tried_again_by_one_process_only(make: Make) -> None:
+    scene = with_a_clip_that_breaks_off(make("tiny-t2v", 20))
+    config = scene.config(scene.cache / "run")
+    first = scene.prepare(config)
+    rejection = next((scene.cache / "latents").glob("*.rejected.json"))
+    for ranks, made_again in (((0, 1), True), ((0, 2), False)):
+        before, said = rejection.stat().st_ino, Recorder()
+        assert scene.prepare(config, said, ranks=ranks) == first
+        assert len(said.having("left out: ")) == 2
+        assert (rejection.stat().st_ino != before) == made_again
+        assert bool(said.having("video latents: all 20 cached")) != made_again
 
 
 def test_too_many_of_them_are_an_error(make: Make) -> None:

@@ -1,14 +1,11 @@
 """The engine of one device: gradients, norm and clipping, updates and skips, the fp16 scale."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
-from longtake.distributed.backend import Backend, SingleDevice, any_rank, world
+from longtake.distributed.backend import Backend, SingleDevice, world
+from longtake.distributed.loss_scale import LossScale
 
 CPU = torch.device("cpu")
 
@@ -16,7 +13,8 @@ CPU = torch.device("cpu")
 def engine(fp16: bool = False) -> tuple[nn.Parameter, SingleDevice]:
     """One parameter of three values, and its engine."""
     parameter = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
-    return parameter, SingleDevice([parameter], torch.optim.AdamW([parameter], lr=0.1), CPU, fp16)
+    optimizer = torch.optim.AdamW([parameter], lr=0.1)
+    return parameter, SingleDevice(nn.ParameterList([parameter]), {"weight": parameter}, optimizer, fp16)
 
 
 def test_it_is_a_backend() -> None:
@@ -65,14 +63,15 @@ def test_a_skipped_step_leaves_parameters_and_states(fp16: bool) -> None:
     assert not backend.optimizer.state
 
 
-def test_an_overflow_halves_the_scale_and_shows_in_the_norm() -> None:
+def test_an_overflow_shows_in_the_norm_and_halves_the_scale() -> None:
     parameter, backend = engine(fp16=True)
-    before = backend.state()["scale"]
+    before = backend.scale.value
     backend.backward((parameter * float("inf")).sum())
     norm = backend.clip(1.0)
     assert not norm < float("inf")
     backend.step(skip=True)
-    assert backend.state()["scale"] == before / 2
+    backend.scale.update(finite=False)
+    assert backend.scale.value == before / 2
     assert torch.equal(parameter.detach(), torch.tensor([1.0, 2.0, 3.0]))
 
 
@@ -85,18 +84,43 @@ def test_a_norm_that_overflows_alone_is_skipped_too() -> None:
     assert not backend.optimizer.state
 
 
+def test_the_scale_follows_torchs_scaler() -> None:
+    ours, torchs = LossScale(enabled=True), torch.amp.GradScaler("cpu", growth_interval=2000)
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter])
+    for step in range(2200):
+        overflow = step in (0, 7, 8, 100)
+        torchs.scale((parameter * (float("inf") if overflow else 1.0)).sum()).backward()
+        torchs.step(optimizer)
+        torchs.update()
+        optimizer.zero_grad()
+        ours.update(finite=not overflow)
+    assert ours.state() == torchs.state_dict()
+
+
 def test_the_scale_is_in_the_state_and_comes_back() -> None:
-    _, backend = engine(fp16=True)
-    state = backend.state() | {"scale": 8.0, "_growth_tracker": 7}
-    _, other = engine(fp16=True)
+    state = LossScale(enabled=True).state() | {"scale": 8.0, "_growth_tracker": 7}
+    other = LossScale(enabled=True)
     other.load_state(state)
     assert other.state() == state
 
 
-def test_without_fp16_there_is_no_state() -> None:
-    _, backend = engine()
-    assert backend.state() == {}
-    backend.load_state({})
+def test_without_fp16_there_is_no_scale() -> None:
+    scale = LossScale(enabled=False)
+    assert (scale.value, scale.state()) == (1.0, {})
+    scale.load_state({})
+
+
+def test_what_a_device_holds_is_whole_and_writing_it_changes_the_run() -> None:
+    parameter, backend = engine()
+    backend.backward(parameter.sum())
+    backend.step(skip=False)
+    with backend.tensors(write=True) as held:
+        (weight,) = held["trained"]
+        assert (weight.name, weight.shape, weight.start, weight.is_whole) == ("weight", (3,), 0, True)
+        assert {piece.name for piece in held["optimizer"]} == {f"weight/{k}" for k in ("step", "exp_avg", "exp_avg_sq")}
+        weight.values.fill_(5.0)
+    assert torch.equal(parameter.detach(), torch.full((3,), 5.0))
 
 
 def test_the_world_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,28 +130,3 @@ def test_the_world_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert world() == (3, 8)
-
-
-RANK = """
-import sys
-import torch.distributed as ranks
-from longtake.distributed.backend import any_rank
-rank = int(sys.argv[1])
-ranks.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-print(any_rank(rank == 1), any_rank(False), any_rank(True))
-ranks.destroy_process_group()
-"""
-
-
-def test_what_one_rank_says_all_hear(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", RANK]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "meet")], stdout=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    assert [process.communicate(timeout=60)[0].split() for process in processes] == [["True", "False", "True"]] * 2
-
-
-@pytest.mark.parametrize("flag", [True, False])
-def test_a_process_alone_hears_itself(flag: bool) -> None:
-    assert any_rank(flag) is flag

@@ -19,7 +19,7 @@ from longtake.memory.host_buffers import Keep, Kept, keep_on_device
 from longtake.memory.slices import slices
 from longtake.models.wan.variants import variant
 from longtake.training.precision import compute_in
-from tiny_steps import MODELS, TOKENS, Loaded, farthest, gradients_of, load, loss_of, step
+from tiny_steps import Gradients, MODELS, TOKENS, Loaded, farthest, gradients_of, load, loss_of, step
 
 LORA = LoraConfig(rank=2)
 CUTS = {
@@ -68,6 +68,16 @@ def sliced(
         yield
 
 
+def _split(gradients: Gradients) -> tuple[Gradients, Gradients]:
+    """Those of keys' biases apart.
+
+    What is added to all keys alike hardly changes a softmax over them: this gradient is what cancellation leaves, and
+    differs between two of the plain model's own kernels by 5e-6 already.
+    """
+    apart = {name: gradient for name, gradient in gradients.items() if name.endswith("to_k.bias")}
+    return {name: gradient for name, gradient in gradients.items() if name not in apart}, apart
+
+
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_gradients_are_those_of_the_plain_model(loaded: Loaded, name: str, lora: LoraConfig | None) -> None:
@@ -77,7 +87,9 @@ def test_loss_and_gradients_are_those_of_the_plain_model(loaded: Loaded, name: s
         with sliced(model, cut, name, Keeper().keep_for):
             other_loss, other_gradients = step(model, name)
         torch.testing.assert_close(other_loss, loss, rtol=1e-5, atol=0, msg=label)
-        assert farthest(other_gradients, gradients) < 1e-5, label
+        (other, other_cancelled), (plain, cancelled) = map(_split, (other_gradients, gradients))
+        assert farthest(other, plain) < 5e-6, label
+        assert not cancelled or farthest(other_cancelled, cancelled) < 5e-5, label
 
 
 def test_more_slices_than_tokens_and_more_groups_than_heads_are_one_each(loaded: Loaded) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from command_line import Outcome, run
+from longtake.config.conflicts import check
 from longtake.config.load import load_config
-from longtake.config.schema import MemoryStrategy
+from longtake.config.schema import MemoryStrategy, ParallelConfig
+from longtake.config.sharing import sharing_conflicts
 from longtake.models.wan.variants import variant
 from longtake.planner.direct import trace
 from longtake.planner.meta_model import Subject, build, meta_batch
@@ -18,6 +20,8 @@ from longtake.planner.request import Where, nothing_fits, request_of
 
 SMALL = ("--model", "wan2.1-t2v-1.3b", "--num-frames", "17")
 LARGE = ("--model", "wan2.1-i2v-14b-480p")
+OF_OTHERS = ("--training_strategy", "deepspeed_stage_3", "--use_gradient_checkpointing_offload", "--num_frames", 129)
+"""Flags with which other trainers are told to save memory."""
 
 
 def planned(*arguments: object) -> Outcome:
@@ -29,6 +33,29 @@ def planned(*arguments: object) -> Outcome:
 def as_json(*arguments: object) -> dict[str, Any]:
     report: dict[str, Any] = json.loads(planned(*arguments, "--json", "-").out)
     return report
+
+
+@pytest.fixture(scope="module")
+def on_four(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """A report of hybrid sharding on four GPUs, and the file that it wrote."""
+    file = tmp_path_factory.mktemp("planned") / "planned.toml"
+    sharing = ("--training-strategy", "fsdp2", "--set", "parallel.sp=2", "--set", "parallel.dp_replicate=2")
+    return as_json(*SMALL, "--gpu", "rtx-3090", "--budget", "8GiB", "--gpus", 4, *sharing, "-o", file), file
+
+
+@pytest.fixture(scope="module")
+def others_on_eight() -> dict[str, Any]:
+    return as_json(*LARGE, *OF_OTHERS, "--gpu", "a100-80gb", "--gpus", 8)
+
+
+@pytest.fixture(scope="module")
+def others_on_one() -> dict[str, Any]:
+    return as_json(*LARGE, *OF_OTHERS, "--gpu", "a100-80gb")
+
+
+def chosen_of(report: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = report["plans"][report["chosen"]]
+    return found
 
 
 def test_the_reference_case_is_answered_with_a_plan_and_plain_checkpointing_beside_it() -> None:
@@ -102,6 +129,14 @@ def test_a_page_and_a_file_of_json_are_written(tmp_path: Path) -> None:
         (("--model", "wan3-huge"), "wan3-huge"),
         ((*LARGE, "--gpus", "0"), "use 1 or more"),
         ((*LARGE, "--gpus", "3"), "4 clips a step do not come out even on 3 GPUs; use 6"),
+        ((*LARGE, "--set", "parallel.sp=2"), "one GPU has nobody to share with; say how many there are with --gpus"),
+        ((*LARGE, "--gpus", "2", "--training-strategy", "single"), "2 ranks under 'single'"),
+        ((*LARGE, "--gpus", "48", "--set", "parallel.sp=48"), "48 ranks and 40 heads cannot be shared out 48 ways"),
+        ((*LARGE, "--set", "parallel.offload=parameters"), "single does not keep it in host memory"),
+        (
+            (*LARGE, "--gpus", "2", "--training-strategy", "ddp", "--set", "parallel.dp_replicate=2"),
+            "dp_replicate: ddp",
+        ),
         ((*LARGE, "--set", "memory.block_swap=60"), "the model has 40 blocks; at most 40"),
         ((*LARGE, "--set", "memory.attention_head_groups=41"), "the model has 40 heads"),
         (
@@ -193,3 +228,62 @@ def test_a_plan_is_a_config(tmp_path: Path) -> None:
     table = tomllib.loads(file.read_text())
     assert set(table["memory"]) == set(MemoryStrategy.model_fields)
     assert file.read_text().startswith("# wan2.1-t2v-1.3b")
+
+
+def test_a_plan_for_several_gpus_is_a_file_that_trains_on_them(on_four: tuple[dict[str, Any], Path]) -> None:
+    report, file = on_four
+    chosen, config = chosen_of(report), load_config(file)
+    check(config, 4)
+    assert config.parallel == ParallelConfig(**chosen["strategy"]["parallel"])
+    assert config.memory == MemoryStrategy(**chosen["strategy"]["memory"]).model_copy(update={"budget": "8GiB"})
+    assert config.training.micro_batch_size == chosen["micro_batch_size"]
+    assert report["command"].startswith(f"longtake prepare {file} && longtake train {file} --gpus 4")
+    assert "# longtake prepare planned.toml && longtake train planned.toml --gpus 4" in file.read_text()
+
+
+def test_what_is_pinned_of_sharing_is_planned_and_told(on_four: tuple[dict[str, Any], Path]) -> None:
+    for plan_ in on_four[0]["plans"]:
+        parallel = plan_["strategy"]["parallel"]
+        assert {**parallel, "strategy": "fsdp2", "sp": 2, "dp_replicate": 2, "offload": "none"} == parallel
+        assert "fsdp2, 2 replicas, sp 2" in plan_["name"]
+    assert any("none of it was measured on GPUs" in note for note in on_four[0]["notes"])
+
+
+def test_what_a_plan_for_several_gpus_falls_back_to_goes_with_its_engine(others_on_eight: dict[str, Any]) -> None:
+    chosen = chosen_of(others_on_eight)
+    parallel = ParallelConfig(**chosen["strategy"]["parallel"])
+    for memory in (chosen["strategy"]["memory"], *chosen["strategy"]["memory"]["fallbacks"]):
+        strategy = MemoryStrategy(**memory)
+        assert not [*sharing_conflicts(strategy, parallel, 8, 40)]
+
+
+def test_one_gpu_is_told_that_zero_3_has_nobody_to_share_with(others_on_one: dict[str, Any]) -> None:
+    (note,) = (note for note in others_on_one["notes"] if note.startswith("one GPU has nobody to share with"))
+    assert 'with parallel.offload = "parameters" weights wait in host memory' in note
+    assert chosen_of(others_on_one)["strategy"]["parallel"]["strategy"] == "deepspeed_stage_3"
+    asked = others_on_one["references"][0]
+    assert asked["name"] == "as your flags have it (checkpointing, all to host, deepspeed_stage_3)"
+    assert asked["fits"]
+
+
+def test_eight_gpus_share_under_the_engine_of_the_flags(others_on_eight: dict[str, Any]) -> None:
+    assert {each["strategy"]["parallel"]["strategy"] for each in others_on_eight["plans"]} == {"deepspeed_stage_3"}
+    asked = others_on_eight["references"][0]
+    assert asked["name"].startswith("as your flags have it (checkpointing, all to host, deepspeed_stage_3")
+    assert asked["peak_bytes"]["device"] < 30 * 2**30
+    assert not any("nobody to share with" in note for note in others_on_eight["notes"])
+
+
+def test_what_auto_would_choose_is_told_where_it_is_faster() -> None:
+    asked = (*SMALL, "--method", "full", "--gpu", "rtx-3090", "--gpus", 2, "--training-strategy", "ddp")
+    report = as_json(*asked)
+    (note,) = (note for note in report["notes"] if "auto" in note)
+    assert note.startswith('parallel.strategy = "auto" would choose')
+    assert "fsdp2" in note or "deepspeed" in note
+    assert chosen_of(report)["strategy"]["parallel"]["strategy"] == "ddp"
+
+
+def test_where_an_engine_leaves_nothing_that_fits_the_advice_is_to_drop_it() -> None:
+    found = planned(*SMALL, "--gpu", "rtx-3090", "--budget", "4GiB", "--training-strategy", "deepspeed_stage_3")
+    assert found.status == 3
+    assert "leave parallel.strategy to the planner" in found.out

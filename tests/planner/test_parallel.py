@@ -5,12 +5,13 @@ import pytest
 from torch import nn
 
 from longtake.config.schema import LoraConfig, MemoryStrategy, ParallelConfig, TrainingConfig
+from longtake.config.sharing import sharing_conflicts
 from longtake.models.wan.variants import variant
 from longtake.planner.composition import Composed, compose
 from longtake.planner.events import KINDS, Compute, Copy, Item, Reached, Wait, Work
 from longtake.planner.hardware import device
 from longtake.planner.meta_model import Subject, build, meta_batch
-from longtake.planner.parallel import Sizes, distribute, engines, parallel_conflicts
+from longtake.planner.parallel import Sizes, distribute, engines
 from longtake.planner.recorded import structure_of
 from longtake.planner.recording import record
 from longtake.planner.shards import Weight, zero3_shares
@@ -168,7 +169,7 @@ def test_more_gpus_never_hold_more_and_together_hold_the_model(strategy: str) ->
 @pytest.mark.parametrize("offload", ["none", "optimizer", "parameters"])
 def test_a_slower_network_is_never_faster(strategy: str, offload: str) -> None:
     parallel = ParallelConfig(strategy=strategy, offload=offload)
-    if any(parallel_conflicts(MemoryStrategy(), parallel, 4, 4)):
+    if any(sharing_conflicts(MemoryStrategy(), parallel, 4, 4)):
         return
     composed = distribute(step(), parallel, 4, SIZES)
     items = (*composed.micro_batch * 3, *composed.update)
@@ -204,17 +205,6 @@ def test_engines_of_a_lora_share_out_frozen_weights_or_nothing() -> None:
 @pytest.mark.parametrize("fields", [{"block_swap": 20}, {"quantization": "int8"}, {"optimizer_offload": True}])
 def test_what_moves_or_changes_weights_itself_is_proposed_under_ddp_alone(fields: dict[str, Any]) -> None:
     assert {each.strategy for each in engines(MemoryStrategy(**fields), 4, "lora", 40)} == {"ddp"}
-
-
-def test_a_configuration_that_cannot_work_says_why() -> None:
-    strategy = MemoryStrategy(attention_head_groups=4)
-    for fields, where in (
-        ({"strategy": "single"}, "parallel.strategy"),
-        ({"strategy": "ddp", "offload": "optimizer"}, "parallel.offload"),
-        ({"strategy": "fsdp2", "sp": 3}, "parallel.sp"),
-        ({"strategy": "fsdp2", "sp": 4}, "memory.attention_head_groups"),
-    ):
-        assert [each.where for each in parallel_conflicts(strategy, ParallelConfig(**fields), 4, 12)] == [where]
 
 
 @pytest.mark.parametrize("lora", [LoraConfig(rank=8), None])

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from longtake.config.schema import MemoryStrategy, TrainingConfig
+from longtake.distributed.backend import optimizer_tensors
 from longtake.lora import save_adapter
 from longtake.memory_gauge import MemoryGauge
 from longtake.models.wan import encoders as real
@@ -30,8 +31,8 @@ from longtake.planner.stages import (
     vae_decode_peak,
     vae_encode_peak,
 )
-from longtake.training.checkpoint import Checkpoint, save_checkpoint
-from longtake.training.optimizer import allocate_states, build_optimizer, optimizer_tensors
+from longtake.training.optimizer import allocate_states, build_optimizer
+from saved import Saved, save
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -224,7 +225,7 @@ def test_a_checkpoint_of_tensors_in_host_memory_copies_none(tmp_path: Path) -> N
     gauge = MemoryGauge(CPU)
     before = gauge.process.memory_info().rss
     gauge.begin_stage()
-    save_checkpoint(tmp_path, Checkpoint(1, state, optimizer, {}, {}), 3)
+    save(tmp_path, Saved(1, state, optimizer), 3)
     assert gauge.stage_peak()[1] - before < 2**21
 
 

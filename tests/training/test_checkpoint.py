@@ -11,18 +11,19 @@ import pytest
 import torch
 
 from longtake.errors import RunError
-from longtake.training.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, load_newest, save_checkpoint
+from longtake.training.checkpoint import checkpoint_path, load_newest
+from saved import Saved, read, save
 
 
-def checkpoint(step: int, ema: bool = True) -> Checkpoint:
+def checkpoint(step: int, ema: bool = True) -> Saved:
     """A checkpoint whose values name its step."""
     weights = {"a.weight": torch.full((4, 3), float(step)), "b": torch.arange(5.0) + step}
     state = {"a.weight/exp_avg": torch.randn(4, 3), "a.weight/step": torch.tensor(float(step))}
     average = {name: tensor / 2 for name, tensor in weights.items()}
-    return Checkpoint(step, weights, state, average if ema else {}, {"backend": {"scale": 65536.0}})
+    return Saved(step, weights, state, average if ema else {}, {"backend": {"scale": 65536.0}})
 
 
-def equal(one: Checkpoint, other: Checkpoint) -> bool:
+def equal(one: Saved, other: Saved) -> bool:
     """Whether two checkpoints hold the same."""
     parts = ("trained", "optimizer", "ema")
     tensors = all(
@@ -52,9 +53,9 @@ def file_size_limit(count: int) -> Iterator[None]:
 @pytest.mark.parametrize("ema", [True, False])
 def test_what_is_written_comes_back(tmp_path: Path, ema: bool) -> None:
     written = checkpoint(7, ema)
-    folder = save_checkpoint(tmp_path, written, keep=3)
+    folder = save(tmp_path, written, keep=3)
     assert folder == checkpoint_path(tmp_path, 7) == tmp_path / "checkpoints" / "step-00000007"
-    assert equal(load_checkpoint(folder), written)
+    assert equal(read(folder), written)
     assert (folder / "ema.safetensors").exists() == ema
     assert json.loads((folder / "manifest.json").read_text()).keys() == {
         path.name for path in folder.iterdir() if path.name != "manifest.json"
@@ -67,7 +68,7 @@ def test_a_run_without_checkpoints_has_no_newest(tmp_path: Path) -> None:
 
 def test_the_last_ones_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3, 10, 11):
-        save_checkpoint(tmp_path, checkpoint(step), keep=2)
+        save(tmp_path, checkpoint(step), keep=2)
     assert names(tmp_path) == ["step-00000010", "step-00000011"]
 
 
@@ -81,7 +82,7 @@ def flip(file: Path) -> None:
 @pytest.mark.parametrize("harm", ["flipped", "cut", "gone"])
 def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(tmp_path: Path, part: str, harm: str) -> None:
     for step in (1, 2):
-        save_checkpoint(tmp_path, checkpoint(step), keep=2)
+        save(tmp_path, checkpoint(step), keep=2)
     file = checkpoint_path(tmp_path, 2) / part
     if harm == "flipped":
         flip(file)
@@ -100,7 +101,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(tmp_path: Path, p
 
 @pytest.mark.parametrize("content", [None, "", "[]", '{"trained.safetensors": 3}'])
 def test_a_checkpoint_without_a_readable_manifest_is_damaged(tmp_path: Path, content: str | None) -> None:
-    save_checkpoint(tmp_path, checkpoint(1), keep=2)
+    save(tmp_path, checkpoint(1), keep=2)
     manifest = checkpoint_path(tmp_path, 1) / "manifest.json"
     manifest.unlink() if content is None else manifest.write_text(content)
     with pytest.raises(RunError, match="all checkpoints are damaged") as raised:
@@ -110,29 +111,29 @@ def test_a_checkpoint_without_a_readable_manifest_is_damaged(tmp_path: Path, con
 
 def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path: Path) -> None:
     for step in (1, 2):
-        save_checkpoint(tmp_path, checkpoint(step), keep=2)
+        save(tmp_path, checkpoint(step), keep=2)
     flip(checkpoint_path(tmp_path, 2) / "trained.safetensors")
     again = checkpoint(2)
-    save_checkpoint(tmp_path, again, keep=2)
+    save(tmp_path, again, keep=2)
     newest = load_newest(tmp_path, print)
     assert newest is not None
-    assert equal(newest, again)
+    assert equal(read(newest.folder), again)
 
 
 def test_half_written_and_half_removed_ones_are_no_checkpoints(tmp_path: Path) -> None:
     kept = checkpoint(1)
-    folder = save_checkpoint(tmp_path, kept, keep=2)
+    folder = save(tmp_path, kept, keep=2)
     for name in ("step-00000002.staged-0123456789ab", "step-00000000.staged-removed"):
         shutil.copytree(folder, folder.with_name(name))
     newest = load_newest(tmp_path, print)
     assert newest is not None
     assert newest.step == 1
-    save_checkpoint(tmp_path, checkpoint(3), keep=2)
+    save(tmp_path, checkpoint(3), keep=2)
     assert {"step-00000001", "step-00000003"} <= set(names(tmp_path))
 
 
 def test_looking_at_a_run_does_not_disturb_its_writer(tmp_path: Path) -> None:
-    folder = save_checkpoint(tmp_path, checkpoint(1), keep=2)
+    folder = save(tmp_path, checkpoint(1), keep=2)
     being_written = folder.with_name("step-00000002.staged-0123456789ab")
     being_written.mkdir()
     load_newest(tmp_path, print)
@@ -141,10 +142,10 @@ def test_looking_at_a_run_does_not_disturb_its_writer(tmp_path: Path) -> None:
 
 def test_a_refusing_disk_is_named_and_the_last_checkpoint_stays(tmp_path: Path) -> None:
     before = checkpoint(1)
-    save_checkpoint(tmp_path, before, keep=1)
-    large = Checkpoint(2, {"a": torch.zeros(100_000)}, {}, {}, {})
+    save(tmp_path, before, keep=1)
+    large = Saved(2, {"a": torch.zeros(100_000)})
     with file_size_limit(10_000), pytest.raises(RunError) as raised:
-        save_checkpoint(tmp_path, large, keep=1)
+        save(tmp_path, large, keep=1)
     (problem,) = raised.value.problems
     assert "cannot write" in problem.what
     assert "step-00000002" in problem.where
@@ -152,4 +153,4 @@ def test_a_refusing_disk_is_named_and_the_last_checkpoint_stays(tmp_path: Path) 
     assert names(tmp_path) == ["step-00000001"]
     newest = load_newest(tmp_path, print)
     assert newest is not None
-    assert equal(newest, before)
+    assert equal(read(newest.folder), before)

@@ -8,7 +8,7 @@ import torch
 
 from longtake.config.schema import MemoryStrategy
 from longtake.lora import read_adapter
-from longtake.training.run import ADAPTER
+from longtake.training.outputs import ADAPTER
 from runs import Scene, learnt
 
 Scenes = Callable[[str], Scene]

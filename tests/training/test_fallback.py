@@ -12,11 +12,12 @@ from failing_allocator import MESSAGE, REHEARSAL, FailingAllocator, Failure, Whe
 from longtake.config.schema import MemoryStrategy, RunConfig
 from longtake.errors import ConfigError, RunError
 from longtake.memory.accounting import Workload
-from longtake.training.checkpoint import checkpoint_path, load_checkpoint
+from longtake.training.checkpoint import checkpoint_path
 from longtake.training.fallback import StrategyInForce, in_words
 from longtake.training.metrics import FILE, read_metrics
 from longtake.training.model import build_model, find_model
 from runs import CPU, Scene, assert_same_run
+from saved import read
 
 Scenes = Callable[[str], Scene]
 BLOCKS = 4
@@ -189,7 +190,7 @@ def test_a_strategy_that_does_not_fit_the_host_or_the_disk_is_refused_or_passed_
         return "computed"
 
     with strategy:
-        assert strategy.attempt(compute, "step 1") == ("computed", 1)
+        assert strategy.attempt(compute, "step 1", lambda: None) == ("computed", 1)
         assert strategy.difference() == {"checkpoint_every": 2}
     assert lines[0] == f"step 1: out of device memory with {IN_WORDS[0]}"
     passed_over = [f"{words}: memory.activation_offload: the strategy needs" for words in IN_WORDS[1:3]]
@@ -220,7 +221,7 @@ def test_full_fine_tuning_goes_on_too(scenes: Scenes, tmp_path: Path) -> None:
         with FailingAllocator(failures).installed() as said:
             runs.append(scene.train(config, reporter=said))
     assert [line.get("out_of_memory") for line in steps_of(runs[1])] == [None, 1, None]
-    trained = [load_checkpoint(checkpoint_path(run, 3)).trained for run in runs]
+    trained = [read(checkpoint_path(run, 3)).trained for run in runs]
     assert all(torch.equal(tensor, trained[1][name]) for name, tensor in trained[0].items())
 
 
@@ -236,8 +237,12 @@ def test_gradients_of_a_failed_attempt_are_dropped(scenes: Scenes, tmp_path: Pat
         if len(seen) == 1:
             raise torch.OutOfMemoryError("no room")
 
+    def drop() -> None:
+        for parameter in parameters:
+            parameter.grad = None
+
     with strategy:
-        strategy.attempt(compute, "step 1")
+        strategy.attempt(compute, "step 1", drop)
     assert all(all(attempt) for attempt in seen)
     assert len(seen) == 2
 
@@ -249,7 +254,7 @@ def test_other_errors_are_not_retried(scenes: Scenes, tmp_path: Path) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     with strategy, pytest.raises(RuntimeError, match="illegal"):
-        strategy.attempt(compute, "step 1")
+        strategy.attempt(compute, "step 1", lambda: None)
 
 
 def test_a_strategy_in_words_names_what_is_not_the_default() -> None:

@@ -14,9 +14,10 @@ from longtake.errors import ConfigError, RunError
 from longtake.lora import read_adapter
 from longtake.models.wan.variants import variant
 from longtake.models.wan.weights import ModelFiles, load_transformer
-from longtake.training.checkpoint import checkpoint_path, load_checkpoint
+from longtake.training.checkpoint import checkpoint_path
 from longtake.training.results import Wish, export, read_run, run_adapter, sample_to_file
 from runs import CPU, Recorder, Scene, Stopper
+from saved import read
 
 Scenes = Callable[[str], Scene]
 LAYER = "blocks.0.attn1.to_q"
@@ -76,7 +77,7 @@ def test_a_run_that_was_stopped_gives_the_average_of_its_last_checkpoint(scenes:
         scene.train(config, reporter=Stopper(2))
     said = Recorder()
     adapter = run_adapter(tmp_path / "run", read_run(tmp_path / "run"), said)
-    checkpoint = load_checkpoint(checkpoint_path(tmp_path / "run", 2))
+    checkpoint = read(checkpoint_path(tmp_path / "run", 2))
     assert torch.equal(adapter.state[f"{LAYER}.lora_B.weight"], checkpoint.ema[f"{LAYER}.lora_B.default.weight"])
     assert said.lines == ["the run is not finished: using the checkpoint after step 2"]
 
@@ -87,7 +88,7 @@ def test_a_run_that_goes_on_is_not_mistaken_for_finished(scenes: Scenes, tmp_pat
     with pytest.raises(RunError, match="after step 3"):
         scene.train(scene.config(run, training={"steps": 9}), resume=True, reporter=Stopper(3))
     adapter = run_adapter(run, read_run(run), Recorder())
-    trained = load_checkpoint(checkpoint_path(run, 3)).trained
+    trained = read(checkpoint_path(run, 3)).trained
     assert torch.equal(adapter.state[f"{LAYER}.lora_B.weight"], trained[f"{LAYER}.lora_B.default.weight"])
 
 
@@ -96,7 +97,7 @@ def test_full_weights_of_a_run_are_exported_whole(scenes: Scenes, tmp_path: Path
     run = scene.train(scene.config(tmp_path / "run", lora=None, model={"dtype": "fp32"}))
     out = tmp_path / "full.safetensors"
     export(run, "comfyui", False, out, Recorder())
-    trained = load_checkpoint(checkpoint_path(run, 2)).trained
+    trained = read(checkpoint_path(run, 2)).trained
     exported = load_file(out)
     assert torch.equal(exported["blocks.0.self_attn.q.weight"], trained["blocks.0.attn1.to_q.weight"])
     assert len(exported) == len(trained)

@@ -10,9 +10,10 @@ import torch
 
 from longtake.config.load import load_config
 from longtake.errors import RunError
-from longtake.training.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
+from longtake.training.checkpoint import checkpoint_path
 from longtake.training.metrics import FILE, read_metrics
 from runs import Recorder, Scene, Stopper, assert_same_run, learnt, scene
+from saved import read, save
 
 Scenes = Callable[[str], Scene]
 CURRICULUM = {"num_frames": 49, "frames_schedule": ((0, 17), (2, 33), (4, 49)), "validation": 0.25}
@@ -112,10 +113,10 @@ def test_fp16_goes_on_with_its_scale_and_skips_an_overflow(scenes: Scenes, tmp_p
     with pytest.raises(RunError, match="stopped by SIGTERM after step 1"):
         scene.train(config, reporter=Stopper(1))
     run = Path(config.output.run)
-    first = load_checkpoint(checkpoint_path(run, 1))
+    first = read(checkpoint_path(run, 1))
     assert first.state["backend"]["scale"] == 65536
     raised = first.state["backend"] | {"scale": 2.0**40}  # the next gradients overflow fp16
-    save_checkpoint(run, replace(first, state={"backend": raised}), keep=9)
+    save(run, replace(first, state={"backend": raised}), keep=9)
     said = Recorder()
     scene.train(config, resume=True, reporter=said)
     lines = [line for line in read_metrics(run / FILE) if "loss" in line][1:]
@@ -123,7 +124,7 @@ def test_fp16_goes_on_with_its_scale_and_skips_an_overflow(scenes: Scenes, tmp_p
     assert len(lines[0]["skipped"]) == 2
     assert [line["scale"] for line in lines] == [2.0**39, 2.0**38, 2.0**37]
     assert said.having("step 2: loss or gradient is not finite; the update is skipped")
-    second = load_checkpoint(checkpoint_path(run, 2))
+    second = read(checkpoint_path(run, 2))
     assert second.state["backend"]["scale"] == 2.0**39
     for part in ("trained", "optimizer", "ema"):
         before, after = getattr(first, part), getattr(second, part)
@@ -152,7 +153,7 @@ def test_three_updates_in_a_row_that_are_not_finite_end_the_run(scenes: Scenes, 
     assert "3 updates in a row had a loss or gradient that is not finite, the last at step 4" in problem.what
     run = Path(config.output.run)
     assert [line["loss"] for line in learnt(run) if "loss" in line][1:] == [None, None, None]
-    kept = [load_checkpoint(checkpoint_path(run, step)) for step in (1, 2, 3)]
+    kept = [read(checkpoint_path(run, step)) for step in (1, 2, 3)]
     for part in ("trained", "optimizer", "ema"):
         for name, tensor in getattr(kept[0], part).items():
             assert tensor.isfinite().all()

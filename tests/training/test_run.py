@@ -13,11 +13,12 @@ from longtake.data.loader import BucketSampler
 from longtake.errors import CacheError, ConfigError
 from longtake.models.wan.variants import variant
 from longtake.models.wan.weights import ModelFiles, load_transformer
-from longtake.training.checkpoint import checkpoint_path, load_checkpoint
+from longtake.training.checkpoint import checkpoint_path
 from longtake.training.metrics import FILE, read_metrics
 from longtake.training.run import train
 from longtake.training.trainer import largest_micro_batch
 from runs import CPU, Recorder, Scene, assert_same_run, learnt
+from saved import read
 
 Scenes = Callable[[str], Scene]
 
@@ -86,7 +87,7 @@ def test_loss_and_gradient_norm_are_of_the_whole_global_batch(scenes: Scenes, tm
 def test_the_average_is_what_is_exported(scenes: Scenes, tmp_path: Path) -> None:
     scene = scenes("tiny-i2v")
     run = scene.train(scene.config(tmp_path / "run", training={"ema": 0.5}))
-    checkpoint = load_checkpoint(checkpoint_path(run, 2))
+    checkpoint = read(checkpoint_path(run, 2))
     adapter = load_file(run / "adapter.safetensors")
     key, exported = next((key, tensor) for key, tensor in adapter.items() if "blocks.0.self_attn.q.lora_B" in key)
     name = "blocks.0.attn1.to_q.lora_B.default.weight"
@@ -102,7 +103,7 @@ def test_the_average_is_what_is_exported(scenes: Scenes, tmp_path: Path) -> None
 def test_full_fine_tuning_leaves_a_transformer_that_loads_back(scenes: Scenes, tmp_path: Path, precision: str) -> None:
     scene = scenes("tiny-t2v")
     run = scene.train(scene.config(tmp_path / "run", lora=None, training={"precision": precision}))
-    trained = load_checkpoint(checkpoint_path(run, 2)).trained
+    trained = read(checkpoint_path(run, 2)).trained
     files = ModelFiles(variant("tiny-t2v"), {"transformer": run / "transformer"}, None)
     loaded = load_transformer(files, "transformer", torch.float32, CPU).state_dict()
     assert loaded.keys() == trained.keys()

@@ -6,10 +6,12 @@ from longtake.config.schema import (
     DataConfig,
     MemoryStrategy,
     OutputConfig,
+    ParallelConfig,
     RunConfig,
     TrainingConfig,
     ValidationConfig,
 )
+from longtake.config.sharing import sharing_conflicts
 from longtake.errors import ConfigError, Problem
 from longtake.units import parse_bytes
 
@@ -23,11 +25,11 @@ def check(config: RunConfig, world_size: int = 1) -> None:
 def conflicts(config: RunConfig, world_size: int = 1) -> Iterator[Problem]:
     """Every combination of settings that cannot work, or in which one would be ignored."""
     yield from memory_conflicts(config.memory)
-    yield from _batch(config.training, world_size)
+    yield from _batch(config.training, config.parallel, world_size)
     yield from _schedule(config.data, config.training)
     yield from _precision(config)
     yield from _trained_weights(config)
-    yield from _parallel(config, world_size)
+    yield from sharing_conflicts(config.memory, config.parallel, world_size)
     yield from _ignored(config)
 
 
@@ -105,14 +107,17 @@ def _budget(text: str) -> Iterator[Problem]:
         yield from error.problems
 
 
-def _batch(training: TrainingConfig, world_size: int) -> Iterator[Problem]:
-    unit = world_size * training.micro_batch_size
+def _batch(training: TrainingConfig, parallel: ParallelConfig, world_size: int) -> Iterator[Problem]:
+    """Ranks that share a clip count as one."""
+    groups = world_size // parallel.sp or 1
+    unit = groups * training.micro_batch_size
     if training.global_batch_size % unit == 0:
         return
     lower = training.global_batch_size // unit * unit
     nearest = [value for value in (lower, lower + unit) if value]
+    ranks = f"{groups} ranks" if parallel.sp == 1 else f"{groups} groups of {parallel.sp} ranks"
     yield Problem(
-        f"{training.global_batch_size} is no multiple of {world_size} ranks x micro-batch {training.micro_batch_size}",
+        f"{training.global_batch_size} is no multiple of {ranks} x micro-batch {training.micro_batch_size}",
         "training.global_batch_size",
         f"the nearest that work: {' or '.join(map(str, nearest))}",
     )
@@ -161,18 +166,8 @@ def _trained_weights(config: RunConfig) -> Iterator[Problem]:
         if config.lora is not None and config.lora.dropout and (memory.slices > 1 or memory.attention_head_groups > 1):
             what = "a block in slices would draw its dropout differently"
             yield Problem(what, f"{where}.slices", "leave it out, or lora.dropout")
-
-
-def _parallel(config: RunConfig, world_size: int) -> Iterator[Problem]:
-    parallel = config.parallel
-    if parallel.strategy not in ("auto", "single"):
-        yield Problem("this version trains on one device", "parallel.strategy", 'use "auto" or "single"')
-    if parallel.sp != 1:
-        yield Problem("this version trains on one device", "parallel.sp", "use 1")
-    if parallel.offload != "none":
-        yield Problem("this version trains on one device", "parallel.offload", 'use "none"')
-    if world_size != 1:
-        yield Problem(f"{world_size} ranks were started", "WORLD_SIZE", "this version trains on one device: start one")
+    if config.lora is not None and config.lora.dropout and config.parallel.sp > 1:
+        yield Problem("ranks that share a clip would draw its dropout differently", "lora.dropout", "use 0, or sp = 1")
 
 
 def _ignored(config: RunConfig) -> Iterator[Problem]:

@@ -80,8 +80,10 @@ def _batch(flags: Flags, table: Table, given: Table, world_size: int) -> Iterato
     if flags.gradient_accumulation_steps is None:
         return
     micro = given.get("training.micro_batch_size", _get(table, "training", "micro_batch_size", 1))
-    # a micro-batch that is no number is named when the file is loaded
-    size = flags.gradient_accumulation_steps * (micro if type(micro) is int else 1) * world_size
+    sp = given.get("parallel.sp", _get(table, "parallel", "sp", 1))
+    # what is no number is named when the file is loaded; ranks that share a clip count as one
+    groups = world_size // sp if type(sp) is int and sp > 0 else world_size
+    size = flags.gradient_accumulation_steps * (micro if type(micro) is int else 1) * max(1, groups)
     yield Override("training.global_batch_size", size, "--gradient-accumulation-steps")
 
 

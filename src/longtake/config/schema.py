@@ -156,7 +156,9 @@ class ParallelConfig(Section):
     strategy: ParallelStrategy = "auto"
     """Engine that shares the work among ranks."""
     sp: Positive = 1
-    """Degree of sequence parallelism: ranks that share one clip's tokens."""
+    """Degree of sequence parallelism: ranks that share one clip's tokens. The longer a clip, the more it saves."""
+    dp_replicate: Positive = 1
+    """Groups of ranks that each have all of fsdp2's shards (hybrid sharding): one a machine where networks are slow."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """What the engine keeps in host memory."""
 

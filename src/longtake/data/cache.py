@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from longtake import files
+from longtake.data.claims import CLAIM, clock
 from longtake.errors import CacheError, Problem
 
 FORMAT = 1
@@ -121,10 +121,12 @@ class Cache:
         return sum(not self.has(kind, key) for kind, key in {*_keys(manifest)})
 
     def remove_staged(self) -> None:
-        """Removes what killed writers left an hour ago or earlier: what is younger may be another rank's work."""
-        for path in self.folder.rglob(f"*{files.STAGED}*"):
+        """Removes what killed ranks left an hour ago or earlier: what is younger may be another rank's work."""
+        found = [path for pattern in (f"*{files.STAGED}*", f"*{CLAIM}") for path in self.folder.rglob(pattern)]
+        now = clock(self.folder) if found else 0.0
+        for path in found:
             with contextlib.suppress(FileNotFoundError):  # its writer, or another rank, was faster
-                if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                if now - path.stat().st_mtime > STALE_SECONDS:
                     path.unlink()
 
     def _missing(self, settings: dict[str, Any]) -> Problem:

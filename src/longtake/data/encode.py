@@ -1,21 +1,23 @@
-"""`prepare`: clips and captions to cached conditioning, one encoder in memory at a time, resumable."""
+"""`prepare`: clips and captions to cached conditioning, one encoder in memory at a time, resumable, by many ranks."""
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from longtake import files
 from longtake.config.schema import RunConfig
 from longtake.data.buckets import Window
 from longtake.data.cache import FORMAT, Cache, Entry, Kind, Manifest, digest
+from longtake.data.claims import Claims
 from longtake.data.dataset import Placed, cache_settings, place, read_sources
+from longtake.data.hashes import content_hashes
 from longtake.data.metadata import usable
-from longtake.data.video import content_hash, read_clip
+from longtake.data.video import read_clip
 from longtake.errors import CacheError, DataError, ModelError, Problem
 from longtake.memory_gauge import MemoryGauge
 from longtake.models.spec import ModelSpec
@@ -24,7 +26,8 @@ from longtake.models.wan.conditioning import image_condition
 from longtake.progress import Reporter
 
 Tensors = dict[str, torch.Tensor]
-HASHES = "hashes.json"
+COUNT_SECONDS = 5.0
+"""Least time between two looks at what other ranks have made."""
 
 
 @dataclass(frozen=True)
@@ -64,34 +67,32 @@ def load_manifest(config: RunConfig, spec: ModelSpec, root: Path, say: Callable[
 
 def prepare(
     config: RunConfig, spec: ModelSpec, root: Path, device: torch.device, reporter: Reporter, ranks: tuple[int, int]
-) -> Manifest | None:
-    """Encodes what the cache lacks and writes the manifest; None where other ranks have not finished their share.
+) -> Manifest:
+    """Encodes what the cache lacks and writes the manifest; raises DataError where too many clips cannot be used.
 
-    `ranks` is (rank, number of ranks): each encodes every n-th entry, without waiting for another.
+    `ranks` is (rank, number of ranks). Each encodes its share, then what the others have not, and returns when all is
+    there: the same on every rank. `data.claims` has how. The first says what goes on, another only what it leaves out.
+    Raises CacheError where entries have vanished meanwhile.
     """
     cache = Cache(Path(config.data.cache))
     cache.remove_staged()
-    sources = read_sources(config.data, spec, reporter.line)
+    shown = reporter if ranks[0] == 0 else Reporter(quiet=True)
+    sources = read_sources(config.data, spec, shown.line)
     prints = encoder_fingerprints(root, spec)
     settings = cache_settings(config.data, spec, config.training.seed, prints, sources)
-    placed = place(sources, config.data, spec, config.training.seed, reporter.line)
-    hashes = _content_hashes({item.clip.record.path for item in placed}, cache.folder)
-    keys = _Keys(spec, prints, hashes)
+    placed = place(sources, config.data, spec, config.training.seed, shown.line)
+    claims = Claims(cache.folder, *ranks, shown.line)
+    keys = _Keys(spec, prints, content_hashes({item.clip.record.path for item in placed}, claims))
     entries = [keys.entry(item) for item in placed]
     failed: dict[str, Problem] = {}
     with closing(MemoryGauge(device)) as gauge:
+        share = _Share(cache, claims, gauge, shown, reporter)
         for title, load, work in _passes(placed, keys, spec, root, device):
-            mine = _missing(cache, work, ranks)
-            if mine:
-                with gauge.stage(title, reporter.line):
-                    _make(cache, title, load(), mine, reporter, len(work[ranks[0] :: ranks[1]]))
-                    encoders.release()
-            else:
-                reporter.line(f"{title}: all {len(work)} cached")
-            failed |= _rejected(cache, work)
+            share.make(title, load, work)
+            failed |= share.rejected(work)
     manifest = Manifest(settings, tuple(_without(entries, placed, failed)), keys.text(""))
-    if cache.missing(manifest):
-        return None
+    if missing := cache.missing(manifest):
+        raise CacheError(Problem(f"{missing} entries are missing", str(cache.folder), "run `longtake prepare` again"))
     cache.write_manifest(manifest)
     return manifest
 
@@ -202,46 +203,73 @@ def _text_of(prompt: str) -> Callable[[Any], Tensors]:
     return lambda encoder: {"prompt_embeds": encoders.encode_prompt(encoder, prompt).cpu()}
 
 
-def _missing(cache: Cache, work: list[Work], ranks: tuple[int, int]) -> list[Work]:
-    """What is not there of this rank's share."""
-    rank, world = ranks
-    return [item for item in work[rank::world] if not cache.has(item.kind, item.key)]
+@dataclass(frozen=True)
+class _Share:
+    """What one rank does of each encoder's work; what it leaves out is said by `reporter`, the rest by `shown`."""
+
+    cache: Cache
+    claims: Claims
+    gauge: MemoryGauge
+    shown: Reporter
+    reporter: Reporter
+
+    def make(self, title: str, load: Callable[[], Any], work: Sequence[Work]) -> None:
+        """Ends when all of `work` is made or rejected; the encoder is loaded where there is something to do."""
+        for item in work if self.claims.world > 1 else ():
+            if (problem := self.cache.rejection(item.kind, item.key)) is not None:
+                self.shown.line(f"left out: {replace(problem, where=item.where)}")
+        with closing(self.claims.turns(work, lambda item: f"{item.kind}/{item.key}", self._is_done)) as turns:
+            first = next(turns, None)
+            if first is None:
+                self.shown.line(f"{title}: all {len(work) - len(self.rejected(work))} cached")
+                return
+            with self.gauge.stage(title, self.shown.line):
+                self._encode(title, load(), work, chain([first], turns))
+                encoders.release()
+
+    def rejected(self, work: Sequence[Work]) -> dict[str, Problem]:
+        """Why, by key, for what could not be made by any rank."""
+        found = {item.key: self.cache.rejection(item.kind, item.key) for item in work}
+        return {key: problem for key, problem in found.items() if problem is not None}
+
+    def _encode(self, title: str, encoder: Any, work: Sequence[Work], turns: Iterable[Work]) -> None:
+        """Writes the entries of `turns`, which are of `work`, or why they cannot be made."""
+        unit = "captions" if title == "captions" else "clips"
+        done = _Done(lambda: sum(map(self._is_done, work)), self.claims.world)
+        with self.shown.bar(title, len(work), unit, done.count) as advance:
+            for item in turns:
+                try:
+                    self.cache.write(item.kind, item.key, item.make(encoder))
+                except (DataError, CacheError) as error:
+                    self._reject(item, replace(error.problems[0], where=item.where))
+                advance(done.after_one(), "")
+            if done.count < len(work):
+                advance(len(work), "")
+
+    def _reject(self, item: Work, problem: Problem) -> None:
+        self.cache.reject(item.kind, item.key, problem)
+        self.reporter.line(f"{f'rank {self.claims.rank}: ' if self.claims.rank else ''}left out: {problem}")
+
+    def _is_done(self, item: Work) -> bool:
+        """Whether nothing is to be done: one rank alone tries again what was rejected before."""
+        if self.cache.has(item.kind, item.key):
+            return True
+        return self.claims.world > 1 and self.cache.rejection(item.kind, item.key) is not None
 
 
-def _rejected(cache: Cache, work: list[Work]) -> dict[str, Problem]:
-    """Why, by key, for what could not be made by any rank."""
-    found = {item.key: cache.rejection(item.kind, item.key) for item in work}
-    return {key: problem for key, problem in found.items() if problem is not None}
+class _Done:
+    """How many entries are done; what other ranks do is looked up when that takes little of the time."""
 
+    def __init__(self, look: Callable[[], int], world: int) -> None:
+        self.look = look
+        self.count = look()
+        self.due = time.monotonic() + COUNT_SECONDS if world > 1 else float("inf")
 
-def _make(cache: Cache, title: str, encoder: Any, work: list[Work], reporter: Reporter, total: int) -> None:
-    """Writes the entries of `work`, the last of `total`, or why they cannot be made."""
-    unit = "captions" if title == "captions" else "clips"
-    before = total - len(work)
-    with reporter.bar(title, total, unit, before) as advance:
-        for done, item in enumerate(work, before + 1):
-            try:
-                cache.write(item.kind, item.key, item.make(encoder))
-            except (DataError, CacheError) as error:
-                problem = replace(error.problems[0], where=item.where)
-                cache.reject(item.kind, item.key, problem)
-                reporter.line(f"left out: {problem}")
-            advance(done, "")
-
-
-def _content_hashes(paths: set[Path], folder: Path) -> dict[Path, str]:
-    """SHA-256 of each file, remembered by path, size and time of change."""
-    known: dict[str, str] = {}
-    if (folder / HASHES).is_file():
-        try:
-            known = dict(json.loads((folder / HASHES).read_text()))
-        except (ValueError, TypeError):
-            known = {}  # a memory only: what cannot be read is computed again
-    found = {}
-    for path in sorted(paths):
-        status = path.stat()
-        name = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
-        known[name] = known.get(name) or content_hash(path)
-        found[path] = known[name]
-    files.write_json(folder / HASHES, known)
-    return found
+    def after_one(self) -> int:
+        """The count when this rank has done one more."""
+        self.count += 1
+        started = time.monotonic()
+        if started >= self.due:
+            self.count = self.look()
+            self.due = time.monotonic() + max(COUNT_SECONDS, 20 * (time.monotonic() - started))
+        return self.count

@@ -29,7 +29,8 @@ from longtake.demo.clips import draw_clips, film, shots
 from longtake.progress import Reporter
 from longtake.training.metrics import FILE, read_metrics
 from longtake.training.model import find_model
-from longtake.training.run import ADAPTER, train
+from longtake.training.outputs import ADAPTER
+from longtake.training.run import train
 from longtake.units import format_seconds
 from longtake.web.report import write_report
 

@@ -1,90 +1,137 @@
 """The seam between the training loop and the engine that runs its steps; here, the engine of one device."""
 
-import os
-from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from longtake.distributed.loss_scale import LossScale
+from longtake.distributed.pieces import Group, Piece, whole
+from longtake.distributed.ranks import ranks_of_environment
+
+Held: TypeAlias = dict[Group, list[Piece]]
+Named: TypeAlias = Mapping[str, nn.Parameter]
 
 
 @runtime_checkable
 class Backend(Protocol):
-    """What an engine does with a loss: backward, the whole gradient's norm and clipping, the update, its own state."""
+    """An engine with a model and its optimiser: `module` is called for a forward pass, `optimizer` has the groups.
+
+    `parameters` are those of the module that are trained, under the engine. A loss that is taken backward is this
+    rank's share of the global batch's, and is multiplied by `scale`. `waits` says that ranks wait for each other in
+    every forward or backward pass.
+    """
+
+    module: Any
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scale: LossScale
+    waits: bool
+
+    def begin(self, last: bool) -> None:
+        """To be called before each micro-batch; `last` is the one after which the gradient is whole."""
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradients of `loss`, this rank's share of the global batch's mean loss."""
+        """Adds the gradients of `loss`."""
 
     def clip(self, clip_norm: float) -> float:
-        """Norm of the whole gradient, which is scaled down to `clip_norm` where that is above 0; inf on overflow."""
+        """Norm of the whole gradient, of all ranks, which is scaled down to `clip_norm` where that is above 0."""
 
     def step(self, skip: bool) -> None:
         """Updates the parameters, or with `skip` leaves them, and drops the gradients."""
 
-    def state(self) -> dict[str, float]:
-        """What must be in a checkpoint beside parameters and optimiser."""
+    def tensors(self, write: bool = False) -> AbstractContextManager[Held]:
+        """What this rank holds of trained weights and of the optimiser's states, which must have been allocated.
 
-    def load_state(self, state: Mapping[str, float]) -> None:
-        """Inverse of `state`."""
+        What is written into them inside the context counts from its end on, with `write`.
+        """
 
 
 class SingleDevice:
-    """One process, one device; with `fp16` the loss is scaled, and an overflow shrinks the scale."""
+    """One process, one device."""
 
-    def __init__(
-        self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, device: torch.device, fp16: bool
-    ) -> None:
-        self.parameters = parameters
+    waits = False
+
+    def __init__(self, module: nn.Module, parameters: Named, optimizer: torch.optim.Optimizer, fp16: bool) -> None:
+        self.module: Any = module
+        self.parameters = dict(parameters)
         self.optimizer = optimizer
-        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        self.scale = LossScale(fp16)
+
+    def begin(self, last: bool) -> None:
+        """Nothing is to be done."""
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of the scaled loss."""
-        self.scaler.scale(loss).backward()
+        (loss * self.scale.value).backward()
 
     def clip(self, clip_norm: float) -> float:
         """Unscales, measures and clips the gradients."""
-        self.scaler.unscale_(self.optimizer)
-        bound = clip_norm if clip_norm > 0 else float("inf")
-        return float(torch.nn.utils.clip_grad_norm_(self.parameters, bound))
+        return clipped(self.parameters, clip_norm, self.scale)
 
     def step(self, skip: bool) -> None:
-        """One AdamW update, or none; the scale follows the overflows."""
+        """One update, or none."""
         if not skip:
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def state(self) -> dict[str, float]:
-        """The gradient scaler's state; empty without fp16."""
-        return dict(self.scaler.state_dict())
-
-    def load_state(self, state: Mapping[str, float]) -> None:
-        """Restores the gradient scaler."""
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(dict(state))
+    @contextmanager
+    def tensors(self, write: bool = False) -> Iterator[Held]:  # noqa: ARG002
+        """Everything, whole."""
+        yield whole_tensors(self.parameters, self.optimizer, saved=True)
 
 
-def world() -> tuple[int, int]:
-    """(rank, number of ranks) as torchrun's environment has it; (0, 1) without."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+def clipped(parameters: Named, clip_norm: float, scale: LossScale) -> float:
+    """The norm of the gradients, unscaled and clipped in place; the same on all ranks where their gradients are."""
+    gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+    if scale.enabled:
+        torch._foreach_mul_(gradients, 1 / scale.value)
+    norm = get_total_norm(gradients)
+    if clip_norm > 0:
+        clip_grads_with_norm_([*parameters.values()], clip_norm, norm)
+    return float(norm)
+
+
+def whole_tensors(parameters: Named, optimizer: torch.optim.Optimizer, saved: bool) -> Held:
+    """The pieces of a rank that has all parameters and states whole."""
+    return {
+        "trained": [whole(name, parameter, saved) for name, parameter in parameters.items()],
+        "optimizer": [whole(path, tensor, saved) for path, tensor in optimizer_tensors(optimizer, parameters).items()],
+    }
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Named) -> dict[str, Tensor]:
+    """The optimiser's states as `<parameter>/<state>` -> plain tensor, of 8-bit states `<parameter>/<state>/<part>`."""
+    finish = getattr(optimizer, "finish", None)
+    if finish is not None:  # of states in host memory: what is on its way arrives
+        finish()
+    return {
+        path: tensor
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        for path, tensor in _plain(value, f"{name}/{key}")
+    }
 
 
 def local_device() -> torch.device:
     """The CUDA device of this process (torchrun's LOCAL_RANK among the visible ones), or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return ranks_of_environment().device
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether `flag` is true on any rank; every rank has to ask at the same point.
+def world() -> tuple[int, int]:
+    """(rank, number of ranks) as torchrun's environment has it; (0, 1) without."""
+    ranks = ranks_of_environment()
+    return ranks.rank, ranks.world
 
-    A rank that waits in a collective operation inside forward or backward does not get here: it is not interrupted.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return flag
-    device = local_device() if torch.distributed.get_backend() == "nccl" else torch.device("cpu")
-    flags = torch.tensor(int(flag), device=device)
-    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-    return bool(flags)
+
+def _plain(tensor: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+    """The plain tensors that a state is made of."""
+    names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else None
+    if names is None:
+        yield path, tensor
+        return
+    for name in names:
+        yield from _plain(getattr(tensor, name), f"{path}/{name}")

@@ -31,13 +31,16 @@ def keep_attention(blocks: nn.ModuleList, self_attention: str, keep_for: Callabl
     kernel than torch's `scaled_dot_product_attention`, or one with a mask, dropout or a scale of its own.
     """
     attentions = [getattr(block, self_attention) for block in blocks]
+    before = [vars(attention).get("forward") for attention in attentions]  # of ranks that share clips, if any
     for index, attention in enumerate(attentions):
         attention.forward = _intercepting(attention.forward, index, keep_for)
     try:
         yield _contexts
     finally:
-        for attention in attentions:
+        for attention, forward in zip(attentions, before, strict=True):
             del attention.forward
+            if forward is not None:
+                attention.forward = forward
 
 
 class _Call:

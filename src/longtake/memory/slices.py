@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from longtake.memory.attention import attend, attend_backward, autocast_as_now, lowered
 from longtake.memory.host_buffers import Keep
-from longtake.models.spec import BlockStages, Shared
+from longtake.models.spec import BlockStages, Exchange, Shared
 
 
 @contextmanager
@@ -26,6 +26,7 @@ def slices(
     head_groups: int,
     keep_for: Callable[[int], Keep],
     keep_attention: bool,
+    exchange: Exchange | None = None,
 ) -> Iterator[None]:
     """Inside the context the blocks are evaluated in `count` slices, self-attention in `head_groups` groups of heads.
 
@@ -33,9 +34,10 @@ def slices(
     its hidden state [batch, tokens, dim] by `keep_for(i)`, with `keep_attention` also attention's output and logsumexp,
     and computes all else again in backward: nothing else may checkpoint it, and each forward pass is differentiated at
     most once. Without gradients nothing is kept. Gradients of weights are sums over slices, in another order than the
-    plain model's. A block must draw nothing at random: dropout would be drawn anew for every slice and every time.
+    plain model's. A block must draw nothing at random: dropout would be drawn anew for every slice and every time. With
+    an `exchange` the tokens are a rank's part of a clip's, and groups are of the heads that it has in attention.
     """
-    cut = _Cut(stages, count, head_groups, keep_attention)
+    cut = _Cut(stages, count, head_groups, keep_attention, exchange)
     for index, block in enumerate(blocks):
         block.forward = _forward(block, cut, keep_for, index)
     try:
@@ -47,12 +49,21 @@ def slices(
 
 @dataclass(frozen=True)
 class _Cut:
-    """How blocks are cut, and whether attention's output is kept."""
+    """How blocks are cut, whether attention's output is kept, and how ranks exchange tokens for heads around it."""
 
     stages: BlockStages
     count: int
     head_groups: int
     keep_attention: bool
+    exchange: Exchange | None
+
+    def to_heads(self, rows: Tensor) -> Tensor:
+        """Of all tokens, the heads that this rank has in attention: all of them where it has no others beside it."""
+        return rows if self.exchange is None else self.exchange.to_heads(rows)
+
+    def to_tokens(self, rows: Tensor) -> Tensor:
+        """Back to all heads, of the tokens that this rank has."""
+        return rows if self.exchange is None else self.exchange.to_tokens(rows)
 
 
 def _forward(block: nn.Module, cut: _Cut, keep_for: Callable[[int], Keep], index: int) -> Callable[..., Tensor]:
@@ -103,15 +114,15 @@ class _Call:
     def output(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The block's output [batch, tokens, dim], attention's [batch, heads, tokens, head_dim], and its logsumexp."""
         attended, logsumexp = self.attended(*self.operands(hidden_states))
-        output = torch.empty_like(hidden_states)
+        output, of_own = torch.empty_like(hidden_states), self.cut.to_tokens(attended)
         for tokens in self.slices(hidden_states):
             shared = self.cut.stages.cut(self.shared, tokens)
-            rows, attended_rows = hidden_states[:, tokens], attended[:, :, tokens]
+            rows, attended_rows = hidden_states[:, tokens], of_own[:, :, tokens]
             output[:, tokens] = self.cut.stages.after(self.block, rows, attended_rows, shared)
         return output, attended, logsumexp
 
     def operands(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
-        """Query, key and value of all tokens, laid out as [batch, tokens, heads, head_dim] for attention's kernels."""
+        """Query, key and value as attention takes them, laid out for its kernels: [batch, tokens, heads, head_dim]."""
         buffers: tuple[Tensor, ...] = ()
         for tokens in self.slices(hidden_states):
             parts = self.operands_of(hidden_states[:, tokens], self.cut.stages.cut(self.shared, tokens))
@@ -120,7 +131,7 @@ class _Call:
             for buffer, part in zip(buffers, parts, strict=True):
                 buffer[:, :, tokens] = part
             del parts, part
-        return buffers
+        return tuple(self.cut.to_heads(buffer) for buffer in buffers)
 
     def operands_of(self, rows: Tensor, shared: Shared) -> tuple[Tensor, ...]:
         """Query, key and value of a slice, as attention is computed with them."""
@@ -166,15 +177,20 @@ class _Gradients:
         operands = () if attention else call.operands(hidden_states)
         attended, logsumexp = attention or call.attended(*operands)
         attention.clear()
-        of_attended = torch.empty_like(attended)
+        of_own = call.cut.to_tokens(attended)
+        of_attended = torch.empty_like(of_own)
         for tokens in call.slices(hidden_states):
-            self._through_after(tokens, attended, gradient, of_attended)
+            self._through_after(tokens, of_own, gradient, of_attended)
+        del of_own
+        of_attended = call.cut.to_heads(of_attended)
         operands = operands or call.operands(hidden_states)
         for heads in call.head_groups(attended):
             _through_attention(heads, of_attended, operands, attended, logsumexp)
         del attended, of_attended, logsumexp
+        gradients = tuple(call.cut.to_tokens(operand) for operand in operands)
+        del operands
         for tokens in call.slices(hidden_states):
-            self._through_before(tokens, operands)
+            self._through_before(tokens, gradients)
 
     def of_shared(self) -> list[Tensor]:
         """Those of the shared arguments that want one, in order."""

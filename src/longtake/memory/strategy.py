@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +19,23 @@ from longtake.memory.host_buffers import DiskTier, HostTier, Keep, disk_tier, ke
 from longtake.memory.keep_attention import keep_attention
 from longtake.memory.quantization import quantize_blocks
 from longtake.memory.slices import slices
-from longtake.models.spec import ModelSpec
+from longtake.models.spec import Exchange, ModelSpec
 from longtake.models.weight_files import WeightFile
 
 MOST_FRUGAL_SLICES = 16
 """More gain nothing: queries, keys, values and their gradients remain."""
 MOST_FRUGAL_HEAD_GROUPS = 4
+
+
+@dataclass(frozen=True)
+class AmongRanks:
+    """What ranks share: the tokens of each clip, if there is an `exchange`; the `weights`, which an engine moves."""
+
+    exchange: Exchange | None = None
+    weights: bool = False
+
+
+ALONE = AmongRanks()
 
 
 @contextmanager
@@ -34,11 +46,13 @@ def apply(
     scratch: Path,
     weight_files: Mapping[str, WeightFile] | None = None,
     copies: Copies | None = None,
+    among: AmongRanks = ALONE,
 ) -> Iterator[None]:
     """`strategy` holds for `transformer` inside the context; quantised weights stay so afterwards.
 
     `scratch` is a folder for what goes to disk, and this process's own. `weight_files` tells where the transformer's
-    parameters lie in safetensors files. `copies` are the device's own without it. Raises ConfigError where the strategy
+    parameters lie in safetensors files. `copies` are the device's own without it. `among` says what other
+    ranks have of the model or of the clips. Raises ConfigError where the strategy
     cannot work, RunError where host or disk refuse.
     """
     blocks = getattr(transformer, spec.blocks)
@@ -56,14 +70,15 @@ def apply(
             features.callback(copies.close)
         keep_for = features.enter_context(keeping(strategy, len(blocks), copies, scratch))
         files = (f"{spec.blocks}.", weight_files or {})
-        make_resident(blocks, strategy.block_swap, next(transformer.parameters()).device, files)
+        if not among.weights:
+            make_resident(blocks, strategy.block_swap, next(transformer.parameters()).device, files)
         if strategy.block_swap:
             assert copies is not None
             tier = _tier(strategy.block_swap_from, "weights", copies, scratch, features)
             swap = block_swap(blocks, strategy.block_swap, strategy.checkpoint_every, copies, tier, files)
             ring = features.enter_context(swap)
             features.callback(transformer.register_forward_pre_hook(lambda *_: ring.begin()).remove)
-        features.enter_context(recomputing(transformer, spec, strategy, keep_for))
+        features.enter_context(recomputing(transformer, spec, strategy, keep_for, among.exchange))
         yield
 
 
@@ -139,7 +154,11 @@ def keeping(
 
 @contextmanager
 def recomputing(
-    transformer: Any, spec: ModelSpec, strategy: MemoryStrategy, keep_for: Callable[[int], Keep]
+    transformer: Any,
+    spec: ModelSpec,
+    strategy: MemoryStrategy,
+    keep_for: Callable[[int], Keep],
+    exchange: Exchange | None = None,
 ) -> Iterator[None]:
     """Inside the context a block keeps by `keep_for` what `strategy` says, and computes all else again in backward."""
     blocks, every = getattr(transformer, spec.blocks), strategy.checkpoint_every
@@ -150,7 +169,7 @@ def recomputing(
     with ExitStack() as features:
         if strategy.slices > 1 or strategy.attention_head_groups > 1:
             groups = strategy.attention_head_groups
-            cut = slices(blocks, spec.stages(), strategy.slices, groups, keep_for, keeps_attention)
+            cut = slices(blocks, spec.stages(), strategy.slices, groups, keep_for, keeps_attention, exchange)
             features.enter_context(cut)
             yield
             return

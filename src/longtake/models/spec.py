@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -35,6 +35,31 @@ class BlockStages(Protocol):
         """`shared` for the slice `tokens` of the token axis: views of what has that axis, the rest as it is."""
 
 
+@runtime_checkable
+class TokenAxis(Protocol):
+    """Where tokens are outside of the blocks, so that each of several ranks can compute with a part of them."""
+
+    def entries(self) -> Mapping[str, Callable[[Any, Callable[[int], slice]], Any]]:
+        """The modules of the transformer that give something for every token, with the function that cuts their output.
+
+        It is given the output and a function from the number of all tokens to the slice that is wanted.
+        """
+
+    def leaving(self) -> str:
+        """The module whose output [batch, tokens, values] must be of all tokens again."""
+
+
+@runtime_checkable
+class Exchange(Protocol):
+    """How ranks that have a part of a clip's tokens each come by what self-attention needs, and back."""
+
+    def to_heads(self, rows: Tensor) -> Tensor:
+        """From [batch, heads, own tokens, head_dim] to [batch, own heads, tokens, head_dim]."""
+
+    def to_tokens(self, rows: Tensor) -> Tensor:
+        """Its inverse."""
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """The shape of a diffusion transformer and of its inputs.
@@ -44,7 +69,8 @@ class ModelSpec:
     has one of `keep_fp32` as a dotted part stay fp32. `temporal_stride`, `spatial_stride` are the VAE's; `patch_size`
     is (frames, height, width) in latents. `experts` are the component names of the transformers. The hidden state is
     `heads` x `head_dim` wide. `self_attention` is the attribute of a block whose attention sees all tokens; `stages`
-    gives, with what must be imported for it, how a block is cut around that attention.
+    gives, with what must be imported for it, how a block is cut around that attention, `token_axis` likewise where the
+    tokens come from and where they go.
     """
 
     name: str
@@ -55,6 +81,7 @@ class ModelSpec:
     heads: int
     head_dim: int
     stages: Callable[[], BlockStages]
+    token_axis: Callable[[], TokenAxis]
     image_tokens: int = 0
     image_dim: int = 0
     text_tokens: int = 512

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from longtake.config.schema import MemoryStrategy
-from longtake.planner.candidates import CUTS, Freedom, bases, frugal
+from longtake.config.schema import MemoryStrategy, ParallelConfig
+from longtake.config.sharing import sharing_conflicts
+from longtake.planner.candidates import CUTS, Freedom, allowed, bases, frugal
 from longtake.planner.hardware import DEVICES
 from longtake.planner.load import Load
+from longtake.planner.naming import name_of
 from longtake.planner.parts import Parts
-from longtake.planner.plans import Advice, Bucket
+from longtake.planner.plans import Advice, Bucket, Plan
 from longtake.planner.search import Candidate, Question, Search
+from longtake.planner.words import seconds_words
+from longtake.units import format_bytes
 
+NO_MATTER = 0.02
+"""Differences that no plan is right about."""
 STRIDE = 4
 """Frames of clips are 4n+1."""
 MOST_FRAMES = 1025
@@ -54,6 +60,21 @@ def most_frames(parts: Parts, question: Question) -> int | None:
     return 1 + STRIDE * low
 
 
+def of_auto(search: Search, chosen: Plan) -> str:
+    """What `auto` would choose in place of a pinned engine, where that is faster than `chosen` or needs less."""
+    found = Search(search.parts, replace(search.question, freedom=_of_any_engine(search.question.freedom)))
+    best = next((each for each in found.found() if found.fits(each)), None)
+    if best is None:
+        return ""
+    faster = best.seconds < (1 - NO_MATTER) * chosen.step_seconds
+    less = best.device_bytes < (1 - NO_MATTER) * chosen.peak_bytes["device"]
+    if not (faster or less):
+        return ""
+    name = name_of(best.strategy, best.parallel, search.parts.blocks, best.load.clips)
+    needs = f"{format_bytes(best.device_bytes)}, {seconds_words(best.seconds)} a step"
+    return f'parallel.strategy = "auto" would choose {name}: {needs}'
+
+
 def _found(parts: Parts, question: Question) -> Iterator[Advice]:
     frames = most_frames(parts, question)
     if frames is not None and frames < question.bucket[0]:
@@ -68,6 +89,10 @@ def _found(parts: Parts, question: Question) -> Iterator[Advice]:
         if _fits(parts, free):
             pins = ", ".join(f"memory.{name}" for name in question.freedom.pinned)
             yield _advice(parts, free, f"leave {pins} to the planner")
+    if "strategy" in question.freedom.pinned_parallel:
+        free = replace(question, freedom=_of_any_engine(question.freedom))
+        if _fits(parts, free):
+            yield _advice(parts, free, "leave parallel.strategy to the planner")
     if not question.machine.is_cpu:
         yield from _larger(parts, question)
 
@@ -84,6 +109,12 @@ def _larger(parts: Parts, question: Question) -> Iterator[Advice]:
             return
 
 
+def _of_any_engine(freedom: Freedom) -> Freedom:
+    """With neither an engine nor what only some of them have."""
+    kept = {name: value for name, value in freedom.pinned_parallel.items() if name == "sp"}
+    return replace(freedom, pinned_parallel=kept)
+
+
 def _fits(parts: Parts, question: Question) -> bool:
     return _frugal(parts, question)[1] <= 0
 
@@ -96,22 +127,37 @@ def _advice(parts: Parts, question: Question, change: str) -> Advice:
 def _frugal(parts: Parts, question: Question) -> tuple[Candidate, int]:
     """The most frugal of the question's strategies that host and disk allow, and by how much it does not fit."""
     search, found = Search(parts, question), []
-    for strategy in _most_frugal(parts, question):
-        found.append(search.candidate(strategy, _load(question), 0))
-        if search.fits(found[-1]) or found[-1].device_bytes > question.machine.budget_bytes:
-            break  # the disk helps a host that is too small, and nothing else
+    for parallel in _sharings(search):
+        for strategy in _most_frugal(parts, question, parallel):
+            found.append(search.candidate(strategy, _load(question, parallel), 0, parallel))
+            if search.fits(found[-1]) or found[-1].device_bytes > question.machine.budget_bytes:
+                break  # the disk helps a host that is too small, and nothing else
     best = min(found, key=search.excess)
     return best, search.excess(best)
 
 
-def _load(question: Question) -> Load:
+def _sharings(search: Search) -> Iterator[ParallelConfig]:
+    """Those that take what is pinned of [memory], where as many ranks as can share a clip, and where none do.
+
+    The more of them share one the less each keeps of it, but what NCCL takes grows too.
+    """
+    pinned, machine = MemoryStrategy(**search.question.freedom.pinned), search.machine
+    heads, ways = search.parts.spec.heads, search.sharings()
+    degrees = {min(each.sp for each in ways), max(each.sp for each in ways)}
+    possible = [each for each in ways if not any(sharing_conflicts(pinned, each, machine.gpus, heads))]
+    return (each for each in possible or ways if each.sp in degrees)
+
+
+def _load(question: Question, parallel: ParallelConfig) -> Load:
     clips = question.freedom.micro_batch_size or 1
-    return Load(question.bucket, clips, question.global_batch_size // question.machine.gpus > clips)
+    own = question.global_batch_size * parallel.sp // question.machine.gpus
+    return Load(question.bucket, clips, own > clips, parallel.sp)
 
 
-def _most_frugal(parts: Parts, question: Question) -> Iterator[MemoryStrategy]:
+def _most_frugal(parts: Parts, question: Question, parallel: ParallelConfig) -> Iterator[MemoryStrategy]:
     """All that a strategy can move away, to host memory and to the disk."""
-    cut = CUTS[0] if parts.drops_out else (CUTS[-1][0], min(CUTS[-1][1], parts.spec.heads))
+    heads = parts.spec.heads // parallel.sp
+    cut = CUTS[0] if parts.drops_out else (CUTS[-1][0], min(CUTS[-1][1], heads))
     for place in ("host", "disk"):
         wanted = {"optimizer_offload": True, "activation_offload": place, **frugal(parts.blocks, parts.frozen, cut)}
         if "block_swap" in wanted:
@@ -123,6 +169,5 @@ def _most_frugal(parts: Parts, question: Question) -> Iterator[MemoryStrategy]:
         strategy = next(iter(bases(Freedom(fields), (fields["slices"], fields["attention_head_groups"]), {})), None)
         if strategy is None:
             continue
-        yield strategy.model_copy(
-            update={name: value for name, value in fields.items() if name in ("block_swap", "block_swap_from")}
-        )
+        swap = {name: value for name, value in fields.items() if name in ("block_swap", "block_swap_from")}
+        yield allowed(strategy.model_copy(update=swap), parallel, question.machine.gpus, parts.spec.heads)

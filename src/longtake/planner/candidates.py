@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
-from longtake.config.conflicts import memory_conflicts
-from longtake.config.schema import MemoryStrategy
+from longtake.config.conflicts import conflicts, memory_conflicts
+from longtake.config.schema import MemoryStrategy, ParallelConfig, RunConfig
+from longtake.config.sharing import sharing_conflicts
+from longtake.errors import ConfigError, Problem
 
 CUTS = ((1, 1), (4, 4), (16, 4))
 """Slices and head groups. Four of each already take two thirds off a block; sixteen slices are the most frugal."""
@@ -43,6 +46,22 @@ class Freedom:
         return (self.pinned[name],) if name in self.pinned else values
 
 
+def open_conflicts(config: RunConfig, ranks: int) -> Iterator[Problem]:
+    """What cannot go together in a config that is to be planned for `ranks` ranks, whatever its plan will be.
+
+    Where the plan chooses how many ranks share a clip, it also sees to it that the clips come out even.
+    """
+    batch, shared = "training.global_batch_size", ("parallel.sp", "parallel.dp_replicate")
+    chosen = ranks > 1 and "sp" not in config.parallel.model_fields_set
+    for problem in conflicts(config, ranks):
+        if ranks == 1 and problem.where in shared:
+            yield Problem("one GPU has nobody to share with", problem.where, "say how many there are with --gpus")
+        elif not (chosen and problem.where == batch):
+            yield problem
+    if chosen:
+        yield from (problem for problem in conflicts(config) if problem.where == batch)
+
+
 def bases(
     freedom: Freedom, cut: tuple[int, int], quantized: Mapping[str, Any], coarse: bool = False
 ) -> Iterator[MemoryStrategy]:
@@ -70,6 +89,40 @@ def bases(
         strategy = MemoryStrategy(**fields)
         if not [*memory_conflicts(strategy)]:
             yield strategy
+
+
+def sharings(
+    freedom: Freedom, usual: Sequence[ParallelConfig], ranks: int, heads: int, clips: int
+) -> list[ParallelConfig]:
+    """`usual` ways to share out the work with what is pinned put in, those with which `clips` clips come out even.
+
+    An engine that is not installed is proposed only where it is pinned. Raises ConfigError where none can work.
+    """
+    wanted = [*dict.fromkeys(each.model_copy(update={**freedom.pinned_parallel}) for each in usual)]
+    refused = [[*sharing_conflicts(MemoryStrategy(), each, ranks, heads)] for each in wanted]
+    possible = [each for each, problems in zip(wanted, refused, strict=True) if not problems]
+    if not possible:
+        raise ConfigError(refused[0])
+    if "strategy" not in freedom.pinned_parallel and find_spec("deepspeed") is None:
+        possible = [each for each in possible if not each.strategy.startswith("deepspeed")]
+    size = freedom.micro_batch_size or 1
+    even = [each for each in possible if clips % (size * (ranks // each.sp)) == 0]
+    if not even:
+        unit = size * ranks // max(each.sp for each in possible)
+        what = f"{clips} clips a step do not come out even on {ranks} GPUs"
+        raise ConfigError(
+            Problem(what, "training.global_batch_size", f"use {-(-clips // unit) * unit}, or other --gpus")
+        )
+    return even
+
+
+def allowed(wanted: MemoryStrategy, parallel: ParallelConfig, ranks: int, heads: int) -> MemoryStrategy:
+    """`wanted` without what cannot go together with `parallel`."""
+    problems = sharing_conflicts(wanted, parallel, ranks, heads)
+    refused = {problem.where.removeprefix("memory.") for problem in problems if problem.where.startswith("memory.")}
+    if "block_swap" in refused:
+        refused.add("block_swap_from")
+    return wanted.model_copy(update={name: MemoryStrategy.model_fields[name].default for name in refused})
 
 
 def cuts(freedom: Freedom, heads: int, drops_out: bool) -> tuple[tuple[int, int], ...]:

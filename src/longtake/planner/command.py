@@ -7,20 +7,22 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 from rich.console import Console
 
 from longtake import files
-from longtake.config.conflicts import conflicts
 from longtake.config.flags import Flags, overrides
 from longtake.config.load import Override, config_of, load_config, parse_set
 from longtake.config.schema import LoraConfig, RunConfig
 from longtake.errors import ConfigError, NothingFits, Problem
 from longtake.models.libraries import quiet_libraries
+from longtake.planner.candidates import open_conflicts
 from longtake.planner.page import write_html
 from longtake.planner.plans import Report
 from longtake.planner.report import print_report, to_json
 from longtake.planner.toml import write_toml
+from longtake.planner.words import training_command
 
 LONGEST = "max"
 FILE_WIDTH = 120
@@ -48,9 +50,10 @@ def answer(asked: Asked, flags: Flags, json_file: str, html: Path | None, output
         raise ConfigError(Problem("the file exists", str(output), "choose another name with -o"))
     config = _config(asked, flags)
     quiet_libraries()
-    from longtake.planner.advice import MOST_FRAMES
-    from longtake.planner.planning import longest_clip, plan
+    from longtake.planner.advice import MOST_FRAMES, of_auto
+    from longtake.planner.planning import longest_clip, plan, question_of
     from longtake.planner.request import Where, request_of
+    from longtake.planner.search import Search
     from longtake.planner.tracer import Tracer
 
     where = Where(asked.gpu, asked.gpus, asked.host_memory)
@@ -68,10 +71,10 @@ def answer(asked: Asked, flags: Flags, json_file: str, html: Path | None, output
             _, height, width = request.worst
             request = replace(request, buckets=((most, height, width),))
             config = config.model_copy(update={"data": config.data.model_copy(update={"num_frames": most})})
-    if request.machine.gpus > 1:
-        notes.append("this version trains on one device: what is said of several is planned only")
     report = plan(request, tracer)
-    report = replace(report, notes=(*notes, *report.notes), command=_command(report, output, asked))
+    if report.chosen is not None and flags.training_strategy not in (None, "auto", "single"):
+        notes.append(of_auto(Search(tracer, question_of(request, request.worst)), report.plans[0]))
+    report = replace(report, notes=(*filter(None, notes), *report.notes), command=_command(report, output, asked))
     _say(report, json_file)
     said = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     if html is not None:
@@ -101,29 +104,27 @@ def _write_config(config: RunConfig, report: Report, output: Path) -> None:
         f"{report.model}: {chosen.name}",
         f"planned for {report.gpus} x {report.gpu}: {chosen.peak_bytes['device'] / 2**30:.1f} GiB on the device, "
         f"{chosen.peak_bytes['host'] / 2**30:.1f} GiB of host memory, {chosen.step_seconds:.1f} s a step",
-        f"longtake prepare {output.name} && longtake train {output.name}",
+        training_command(quote(output.name), report.gpus),
     ]
     write_toml(config, planned, output, header)
 
 
 def _command(report: Report, output: Path | None, asked: Asked) -> str:
     """What trains the chosen plan."""
-    if report.chosen is None or report.gpus > 1:
+    if report.chosen is None:
         return ""
+    command = training_command(quote(str(output or asked.config or "planned.toml")), report.gpus)
     if output is not None and asked.config is None:
-        return f"longtake prepare {output} && longtake train {output}  # with data.source and output.run set in it"
+        return f"{command}  # with data.source and output.run set in it"
     if output is not None or asked.config is not None:
-        file = output or asked.config
-        return f"longtake prepare {file} && longtake train {file}"
-    return (
-        "add -o planned.toml, set data.source in it, then: longtake prepare planned.toml && longtake train planned.toml"
-    )
+        return command
+    return f"add -o planned.toml, set data.source in it, then: {command}"
 
 
 def _config(asked: Asked, flags: Flags) -> RunConfig:
     """The config with all that the command line says on top, which is printed."""
     given = [*parse_set(asked.assignments), *_own(asked)]
-    given += overrides(flags, asked.config or Path(), given)
+    given += overrides(flags, asked.config or Path(), given, max(1, asked.gpus))
     if asked.config is not None:
         config = load_config(asked.config, given)
     elif asked.model:
@@ -135,9 +136,7 @@ def _config(asked: Asked, flags: Flags) -> RunConfig:
     said = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     for override in given:
         said.print(f"{override.key} = {override.value!r}  ({override.flag})")
-    # how ranks share the work can be planned before this version can train it
-    found = [each for each in conflicts(config) if not each.where.startswith("parallel.")]
-    if found:
+    if found := [*open_conflicts(config, max(1, asked.gpus))]:
         raise ConfigError(found)
     return config
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from longtake.config.schema import MemoryStrategy, ParallelConfig
 
+MACHINE_GPUS = 8
+"""As many as a machine has at most."""
 _MODES = {
     "none": "no checkpointing",
     "block": "checkpointing",
@@ -16,6 +19,22 @@ _MODES = {
 def name_of(strategy: MemoryStrategy, parallel: ParallelConfig, blocks: int, micro_batch_size: int) -> str:
     """`checkpointing, attention kept, all to host, 35 of 40 blocks swapped, 4 slices x 4 head groups`."""
     return ", ".join(_parts(strategy, parallel, blocks, micro_batch_size))
+
+
+def sharing_notes(pinned: Mapping[str, Any], gpus: int, network: float) -> Iterator[str]:
+    """What has to be said of a plan for `gpus` GPUs with a network of so many bytes/s, of [parallel] `pinned`."""
+    engine, offload = pinned.get("strategy", "single"), pinned.get("offload", "none")
+    if gpus > MACHINE_GPUS:
+        yield f"between machines the network is taken to be as fast as inside of one: {network / 1e9:.0f} GB/s each way"
+    if gpus > 1:
+        yield "what GPUs send each other, and what NCCL takes, is computed; none of it was measured on GPUs"
+    elif engine not in ("auto", "single"):
+        what = f"one GPU has nobody to share with: {engine} makes nothing smaller on it"
+        if offload != "none":
+            what += f", but has its {_offloaded(offload)} in host memory"
+        elif engine == "deepspeed_stage_3":
+            what += '; with parallel.offload = "parameters" weights wait in host memory'
+        yield what
 
 
 def _parts(strategy: MemoryStrategy, parallel: ParallelConfig, blocks: int, micro_batch_size: int) -> Iterator[str]:
@@ -41,6 +60,12 @@ def _parts(strategy: MemoryStrategy, parallel: ParallelConfig, blocks: int, micr
     if parallel.strategy not in ("auto", "single"):
         yield parallel.strategy
     if parallel.offload != "none":
-        yield f"its {parallel.offload if parallel.offload == 'parameters' else 'optimiser'} in host memory"
+        yield f"its {_offloaded(parallel.offload)} in host memory"
+    if parallel.dp_replicate > 1:
+        yield f"{parallel.dp_replicate} replicas"
     if parallel.sp > 1:
         yield f"sp {parallel.sp}"
+
+
+def _offloaded(offload: str) -> str:
+    return "parameters" if offload == "parameters" else "optimiser"

@@ -7,11 +7,10 @@ whose gradients are summed up as well. Not counted: the norm for clipping, a num
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from longtake.config.schema import MemoryStrategy, ParallelConfig
-from longtake.errors import Problem
+from longtake.config.sharing import sharing_conflicts
 from longtake.planner.rank_items import FIRST_EVENT, Rank, planned
 from longtake.planner.replicas import ddp, zero
 from longtake.planner.sequence import Exchange, degrees, exchanged
@@ -21,12 +20,11 @@ from longtake.planner.shards import Sizes
 if TYPE_CHECKING:
     from longtake.planner.composition import Composed
 
-__all__ = ["Sizes", "distribute", "engines", "parallel_conflicts"]
+__all__ = ["Sizes", "distribute", "engines"]
 
 Method: TypeAlias = Literal["lora", "full"]
 _ENGINE_EVENTS = FIRST_EVENT + 500_000
 """Those before are of exchanges between ranks that share a clip."""
-_SHARDED = ("fsdp2", "deepspeed_stage_3")
 
 
 def distribute(
@@ -77,44 +75,4 @@ def engines(strategy: MemoryStrategy, gpus: int, method: Method, heads: int) -> 
         for sp in degrees(heads, gpus)
         for name, offload in fields
     ]
-    return tuple(each for each in found if not any(parallel_conflicts(strategy, each, gpus, heads)))
-
-
-def parallel_conflicts(strategy: MemoryStrategy, parallel: ParallelConfig, gpus: int, heads: int) -> Iterator[Problem]:
-    """What of [memory] and [parallel] cannot go together on `gpus` GPUs with a model of `heads` heads."""
-    name, where = parallel.strategy, "parallel.strategy"
-    if name != "auto" and (name == "single") != (gpus == 1):
-        yield Problem(f"{gpus} GPUs under {name!r}", where, 'use "single" on one GPU and an engine on several')
-    yield from _sequence_conflicts(strategy, parallel, gpus, heads)
-    offloads = {"optimizer": ("deepspeed_stage_2", "deepspeed_stage_3"), "parameters": ("deepspeed_stage_3",)}
-    if parallel.offload != "none" and name not in (*offloads[parallel.offload], "auto"):
-        remedy = f'leave it out, or use parallel.strategy = "{offloads[parallel.offload][-1]}"'
-        yield Problem(f"{name} does not keep it in host memory", "parallel.offload", remedy)
-    if name not in ("auto", "single", "ddp"):
-        yield from _engine_conflicts(strategy, name)
-
-
-def _sequence_conflicts(strategy: MemoryStrategy, parallel: ParallelConfig, gpus: int, heads: int) -> Iterator[Problem]:
-    possible = degrees(heads, gpus)
-    if parallel.sp not in possible:
-        what = f"{gpus} GPUs and {heads} heads cannot be shared out {parallel.sp} ways"
-        yield Problem(what, "parallel.sp", f"use one of {', '.join(map(str, possible))}")
-    elif strategy.attention_head_groups > heads // parallel.sp:
-        what = f"a rank has {heads // parallel.sp} heads in attention"
-        yield Problem(what, "memory.attention_head_groups", f"at most {heads // parallel.sp}")
-
-
-def _engine_conflicts(strategy: MemoryStrategy, name: str) -> Iterator[Problem]:
-    """What is under DDP alone, where each rank's model is as on one GPU."""
-    remedy = 'leave it out, or use parallel.strategy = "ddp"'
-    if strategy.block_swap:
-        yield Problem(f"{name} moves the weights itself", "memory.block_swap", remedy)
-    if strategy.quantization != "none":
-        yield Problem(f"{name} cannot share out quantised weights", "memory.quantization", remedy)
-    if strategy.optimizer_offload:
-        yield Problem(f"{name} has the states itself", "memory.optimizer_offload", remedy)
-    if strategy.optimizer == "adamw8bit" and name != "fsdp2":
-        yield Problem(f"{name} updates weights in a row, not by parameter", "memory.optimizer", remedy)
-    if strategy.checkpoint_every > 1 and name in _SHARDED:
-        what = f"{name} would gather the blocks of a segment once more each"
-        yield Problem(what, "memory.checkpoint_every", remedy)
+    return tuple(each for each in found if not any(sharing_conflicts(strategy, each, gpus, heads)))

@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 
 from longtake.config.conflicts import memory_conflicts
 from longtake.config.schema import MemoryStrategy
+from longtake.config.sharing import sharing_conflicts
 from longtake.errors import ConfigError, Problem
 from longtake.models.wan.variants import WanVariant
 from longtake.planner.advice import advice, most_frames
 from longtake.planner.allocator import CONTEXT_BYTES
-from longtake.planner.candidates import CUTS, Freedom, frugal
+from longtake.planner.candidates import CUTS, Freedom, allowed, frugal
 from longtake.planner.events import KINDS, Compute
 from longtake.planner.load import Load
 from longtake.planner.machine import Machine
 from longtake.planner.meta_model import Subject
-from longtake.planner.naming import name_of
-from longtake.planner.parallel import parallel_conflicts
+from longtake.planner.naming import name_of, sharing_notes
 from longtake.planner.plans import Bucket, BucketNeeds, Plan, Report, StagePeak
 from longtake.planner.search import Candidate, Question, Search
 from longtake.planner.stages import image_encoder_peak, prepare_peaks, sampling_peaks, save_peak, text_encoder_peak
@@ -93,15 +93,9 @@ def plan(request: Request, tracer: Tracer | None = None) -> Report:
 
 
 def _impossible(request: Request, search: Search) -> Iterator[Problem]:
-    """Why no strategy of what is pinned can be shared among the GPUs."""
-    gpus, freedom = request.machine.gpus, request.freedom
-    if sharings := search.sharings():
-        pinned = MemoryStrategy(**freedom.pinned)
-        yield from parallel_conflicts(pinned, sharings[0], gpus, request.subject.spec.heads)
-        return
-    clips, unit = request.subject.training.global_batch_size, gpus * (freedom.micro_batch_size or 1)
-    what = f"{clips} clips a step do not come out even on {gpus} GPUs"
-    yield Problem(what, "training.global_batch_size", f"use {-(-clips // unit) * unit}, or other --gpus")
+    """Why no engine that comes into question takes what is pinned of [memory]."""
+    pinned = MemoryStrategy(**request.freedom.pinned)
+    yield from sharing_conflicts(pinned, search.sharings()[0], request.machine.gpus, request.subject.spec.heads)
 
 
 def longest_clip(request: Request, tracer: Tracer | None = None) -> int | None:
@@ -220,7 +214,7 @@ def _with_fallbacks(plans: Sequence[Plan], request: Request, tracer: Tracer) -> 
         each
         for each in others
         if all(getattr(each.strategy, name) == getattr(first.strategy, name) for name in fixed)
-        and each.micro_batch_size == first.micro_batch_size
+        and (each.parallel, each.micro_batch_size) == (first.parallel, first.micro_batch_size)
         and each.peak_bytes["device"] < first.peak_bytes["device"]
     ]
     rungs: list[MemoryStrategy] = []
@@ -229,26 +223,29 @@ def _with_fallbacks(plans: Sequence[Plan], request: Request, tracer: Tracer) -> 
         if each.peak_bytes["device"] < least and len(rungs) < MOST_FALLBACKS:
             rungs.append(each.strategy)
             least = each.peak_bytes["device"]
-    last = _most_frugal(first.strategy, request, tracer)
+    last = _most_frugal(first, request, tracer)
     if last is not None and last not in (first.strategy, *rungs):
         rungs.append(last)
     return replace(first, strategy=first.strategy.model_copy(update={"fallbacks": tuple(rungs)}))
 
 
-def _most_frugal(strategy: MemoryStrategy, request: Request, tracer: Tracer) -> MemoryStrategy | None:
-    """`strategy` with all moved and cut that can be, but for what a run cannot change; None where that cannot work."""
+def _most_frugal(plan: Plan, request: Request, tracer: Tracer) -> MemoryStrategy | None:
+    """A plan's strategy with all moved and cut that can be, but for what a run cannot change; None where none works."""
+    strategy, heads = plan.strategy, tracer.spec.heads
     whole = tracer.drops_out or strategy.checkpoint_every > 1
-    cut = CUTS[0] if whole else (CUTS[-1][0], min(CUTS[-1][1], tracer.spec.heads))
+    cut = CUTS[0] if whole else (CUTS[-1][0], min(CUTS[-1][1], heads // plan.parallel.sp))
     wanted = frugal(tracer.blocks, tracer.frozen, cut)
     if strategy.activation_offload == "none":
         wanted["activation_offload"] = "host"
     found = strategy.model_copy(update={**wanted, **request.freedom.pinned, "fallbacks": ()})
+    found = allowed(found, plan.parallel, request.machine.gpus, heads)
     return None if [*memory_conflicts(found)] else found
 
 
 def _references(request: Request, tracer: Tracer, search: Search) -> tuple[Plan, ...]:
     """What was asked for; and what people do without a planner, the text and image encoders left on the device."""
     plain = _reference(request, tracer, search, MemoryStrategy())
+    name = plain.name.replace("checkpointing", "plain checkpointing", 1)
     encoders = [text_encoder_peak(request.variant, request.subject.device_type)]
     if (image := image_encoder_peak(request.variant, request.subject.device_type)) is not None:
         encoders.append(image)
@@ -256,26 +253,26 @@ def _references(request: Request, tracer: Tracer, search: Search) -> tuple[Plan,
     device = plain.peak_bytes["device"] + more
     resident = replace(
         plain,
-        name="plain checkpointing, encoders resident",
+        name=f"{name}, encoders resident",
         fits=plain.fits and device <= request.machine.budget_bytes,
         peak_bytes={**plain.peak_bytes, "device": device},
         allocated_bytes=plain.allocated_bytes + more,
         breakdown_bytes={**plain.breakdown_bytes, "weights": plain.breakdown_bytes["weights"] + more},
     )
-    found = (resident, replace(plain, name="plain checkpointing"))
     if request.as_asked is None:
-        return found
+        return resident, replace(plain, name=name)
     if request.as_asked.model_copy(update={"budget": "auto"}) == MemoryStrategy():
-        return (replace(plain, name="as your flags have it (plain checkpointing)"), resident)
+        return replace(plain, name=f"as your flags have it ({name})"), resident
     asked = _reference(request, tracer, search, request.as_asked)
-    return (replace(asked, name=f"as your flags have it ({asked.name})"), *found)
+    return replace(asked, name=f"as your flags have it ({asked.name})"), resident, replace(plain, name=name)
 
 
 def _reference(request: Request, tracer: Tracer, search: Search, strategy: MemoryStrategy) -> Plan:
-    question = search.question
+    """Shared among GPUs in the simplest way of those that are open."""
+    question, parallel = search.question, search.sharings()[0]
     clips = question.freedom.micro_batch_size or 1
-    load = Load(question.bucket, clips, question.global_batch_size // question.machine.gpus > clips)
-    candidate = search.candidate(strategy, load, 0)
+    accumulating = question.global_batch_size * parallel.sp // question.machine.gpus > clips
+    candidate = search.candidate(strategy, Load(question.bucket, clips, accumulating, parallel.sp), 0, parallel)
     return _plan(replace(request, stages=False), tracer, search, candidate, (), detailed=False)
 
 
@@ -287,6 +284,7 @@ def _notes(request: Request, prepared: Sequence[StagePeak]) -> tuple[str, ...]:
         "run it on a larger device, or on the CPU (CUDA_VISIBLE_DEVICES=)"
         for peak in over
     ]
+    found += sharing_notes(request.freedom.pinned_parallel, machine.gpus, machine.device.peer_bytes_per_second)
     if not machine.is_cpu:
         found.append("rates and the context's size are those of a table; nothing of it was measured on this device")
     found.append(f"a step is {request.subject.training.global_batch_size} clips (training.global_batch_size)")

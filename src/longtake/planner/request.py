@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
+from longtake.config.conflicts import conflicts
 from longtake.config.load import load_config
-from longtake.config.schema import RunConfig
+from longtake.config.schema import ParallelConfig, RunConfig
 from longtake.data.buckets import check_shape, stage_frames
 from longtake.data.dataset import place, read_sources
 from longtake.errors import ConfigError, NothingFits, Problem
@@ -26,6 +29,7 @@ from longtake.planner.planning import Request, plan
 from longtake.planner.plans import Bucket, Report
 from longtake.planner.report import to_json
 from longtake.planner.words import why_not
+from longtake.training.planned import FILE as PLAN
 from longtake.training.planned import Planned, PlannedStrategy
 from longtake.training.run_folder import CONFIG
 from longtake.units import format_bytes, parse_bytes
@@ -41,11 +45,15 @@ UNPINNED = ("budget", "fallbacks")
 
 @dataclass(frozen=True)
 class Where:
-    """What the user says of the machine; empty where nothing is said."""
+    """What the user says of the machine; empty where nothing is said.
+
+    `local_gpus` of the `gpus` are in this machine, all of them where it is 0; the others are in such as this one.
+    """
 
     gpu: str = ""
     gpus: int = 1
     host_memory: str = ""
+    local_gpus: int = 0
 
 
 def request_of(config: RunConfig, where: Where, clips: bool = True) -> tuple[Request, list[str]]:
@@ -64,11 +72,7 @@ def request_of(config: RunConfig, where: Where, clips: bool = True) -> tuple[Req
     chosen = config.memory.model_fields_set.difference(UNPINNED)
     pinned = {name: getattr(config.memory, name) for name in sorted(chosen)}
     micro = config.training.micro_batch_size if "micro_batch_size" in config.training.model_fields_set else None
-    shared = config.parallel.model_fields_set if where.gpus > 1 else set()
-    sharing = {name: getattr(config.parallel, name) for name in sorted(shared) if name != "strategy"}
-    if config.parallel.strategy not in ("auto", "single"):
-        sharing["strategy"] = config.parallel.strategy
-    freedom = Freedom(pinned, micro, sharing)
+    freedom = Freedom(pinned, micro, _pinned(config.parallel))
     samples = bool(config.validation.samples)
     buckets = _buckets(config, found, clips)
     longest = max(frames for frames, _, _ in buckets)
@@ -79,19 +83,24 @@ def request_of(config: RunConfig, where: Where, clips: bool = True) -> tuple[Req
     return Request(subject, machine, buckets, freedom, samples), notes
 
 
-def planned_run(config: RunConfig, resume: bool = False) -> tuple[RunConfig, Planned]:
-    """`config` with the fastest strategy that fits this machine and its budget; raises NothingFits.
+def planned_run(
+    config: RunConfig, resume: bool = False, ranks: int = 1, local_ranks: int = 0
+) -> tuple[RunConfig, Planned]:
+    """`config` with the fastest strategy and sharing that fit `ranks` ranks on this machine and its budget.
 
-    A run that is resumed keeps the strategy and the micro-batch that it had, unless the config asks for others: a plan
-    made anew may choose another of two that are nearly as fast, and rounding would differ from there on.
+    `local_ranks` of them are on this machine, all where it is 0. A run that is resumed on as many ranks keeps the
+    strategy, the sharing and the micro-batch that it had, unless the config asks for others: a plan made anew may
+    choose another of two that are nearly as fast, and rounding would differ from there on. Raises NothingFits.
     """
-    request, _ = request_of(_as_before(config) if resume else config, Where())
+    where = Where(gpus=ranks, local_gpus=local_ranks)
+    request, _ = request_of(_as_before(config, ranks) if resume else config, where)
     report = plan(request)
     if report.chosen is None:
         raise nothing_fits(report)
     chosen = report.plans[report.chosen]
     memory = chosen.strategy.model_copy(update={"budget": config.memory.budget})
     training = config.training.model_copy(update={"micro_batch_size": chosen.micro_batch_size})
+    shared = chosen.parallel, chosen.micro_batch_size
     seconds = {needs.bucket: needs.step_seconds for needs in chosen.buckets}
     strategies = [
         PlannedStrategy(
@@ -102,25 +111,40 @@ def planned_run(config: RunConfig, resume: bool = False) -> tuple[RunConfig, Pla
             seconds if each is chosen else {},
         )
         for each in report.plans
-        if each is chosen or each.strategy in memory.fallbacks
+        if each is chosen or (each.strategy in memory.fallbacks and (each.parallel, each.micro_batch_size) == shared)
     ]
-    run = config.model_copy(update={"memory": memory, "training": training})
+    run = config.model_copy(update={"memory": memory, "training": training, "parallel": chosen.parallel})
     return run, Planned(tuple(strategies), to_json(report))
 
 
-def _as_before(config: RunConfig) -> RunConfig:
-    """`config` with what its run folder says of memory, if it has one and the config does not say otherwise."""
+def _as_before(config: RunConfig, ranks: int) -> RunConfig:
+    """`config` with what its run folder says of memory, sharing and micro-batch, if it was planned for so many ranks.
+
+    And if the config itself asks for no other memory or sharing.
+    """
     recorded = Path(config.output.run) / CONFIG
-    if not recorded.is_file():
+    if not recorded.is_file() or _ranks_before(recorded.parent) not in (ranks, None):
         return config
     before = load_config(recorded)
-    pinned = config.memory.model_fields_set.difference(["fallbacks"])
-    if any(getattr(config.memory, name) != getattr(before.memory, name) for name in {"budget", *pinned}):
+    pinned = {"budget", *config.memory.model_fields_set.difference(["fallbacks"])}
+    if any(getattr(config.memory, name) != getattr(before.memory, name) for name in pinned):
+        return config
+    if any(value != getattr(before.parallel, name) for name, value in _pinned(config.parallel).items()):
         return config
     size, own = before.training.micro_batch_size, config.training
     if "micro_batch_size" not in own.model_fields_set:
         own = own.model_copy(update={"micro_batch_size": size})
-    return config.model_copy(update={"memory": before.memory, "training": own})
+    again = config.model_copy(update={"memory": before.memory, "training": own, "parallel": before.parallel})
+    return config if [*conflicts(again, ranks)] else again
+
+
+def _ranks_before(run: Path) -> int | None:
+    """On how many ranks the run was planned; None where no plan of it can be read."""
+    try:
+        found = json.loads((run / PLAN).read_text(encoding="utf-8"))["gpus"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, int) else None
 
 
 def nothing_fits(report: Report) -> NothingFits:
@@ -145,6 +169,17 @@ def is_open(config: RunConfig) -> bool:
     return torch.cuda.is_available() and not config.memory.model_fields_set.difference(UNPINNED)
 
 
+def needs_plan(config: RunConfig, ranks: int = 1) -> bool:
+    """Whether a run of `config` on so many ranks is planned: as on one, or because no engine is named for several."""
+    return is_open(config) or (ranks > 1 and config.parallel.strategy == "auto")
+
+
+def _pinned(parallel: ParallelConfig) -> dict[str, Any]:
+    """The fields of [parallel] that are given, with their values."""
+    given = {name: getattr(parallel, name) for name in sorted(parallel.model_fields_set)}
+    return {name: value for name, value in given.items() if (name, value) != ("strategy", "auto")}
+
+
 def _variant(config: RunConfig) -> WanVariant:
     model = config.model
     if model.path:
@@ -160,12 +195,13 @@ def _machine(config: RunConfig, where: Where, found: WanVariant) -> tuple[Machin
     chosen, local, notes = _device(where, config, found)
     given = config.memory.budget
     disk = free_for(torch.device("cpu"), Path(config.output.run)).disk_bytes if local else DISK_BYTES
-    host = HOST_BYTES * where.gpus
+    host, here = HOST_BYTES * where.gpus, where.local_gpus or where.gpus
     if chosen.generation == "cpu":
-        free = psutil.virtual_memory().available
-        host = free
+        free = psutil.virtual_memory().available // here
+        host = free * where.gpus
     elif local:
-        free, host = torch.cuda.mem_get_info()[0], free_for(torch.device("cuda"), Path(config.output.run)).host_bytes
+        free = torch.cuda.mem_get_info()[0]
+        host = free_for(torch.device("cuda"), Path(config.output.run)).host_bytes * where.gpus // here
     else:
         free = chosen.memory_bytes
         if not where.host_memory:

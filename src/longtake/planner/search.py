@@ -9,13 +9,25 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 from longtake.config.schema import MemoryStrategy, ParallelConfig
-from longtake.planner.candidates import CUTS, LAST_RESORTS, SAVED_BY, Freedom, bases, cuts, micro_batches, swaps
+from longtake.config.sharing import sharing_conflicts
+from longtake.planner.candidates import (
+    CUTS,
+    LAST_RESORTS,
+    SAVED_BY,
+    Freedom,
+    bases,
+    cuts,
+    micro_batches,
+    sharings,
+    swaps,
+)
 from longtake.planner.composition import Composed
 from longtake.planner.events import KINDS, Compute, Timeline
 from longtake.planner.hardware import Device
 from longtake.planner.load import Load
 from longtake.planner.machine import HOST_PROCESS_BYTES, Machine
-from longtake.planner.parallel import engines, parallel_conflicts
+from longtake.planner.naming import MACHINE_GPUS
+from longtake.planner.parallel import engines
 from longtake.planner.parts import Parts
 from longtake.planner.plans import Bucket
 from longtake.planner.timeline import simulate
@@ -90,6 +102,7 @@ class Search:
     def __init__(self, parts: Parts, question: Question) -> None:
         self.parts, self.question = parts, question
         self.machine = question.machine
+        self.device = _one_of(self.machine)
 
     def found(self) -> list[Candidate]:
         """Candidates, fastest first among those that fit; then, where none does, the nearest to fitting."""
@@ -136,12 +149,12 @@ class Search:
         found: list[Candidate] = []
         freedom, heads = self.question.freedom, self.parts.spec.heads
         tokens = self.parts.spec.tokens(*self.question.bucket)
-        sharings = self.sharings()
+        ways = self.sharings()
         for cut in cuts(freedom, heads, self.parts.drops_out):
             best = self._best(found)
             if best and cut != CUTS[0] and best.stalled_seconds < NO_STALLS * best.seconds:
                 break
-            for parallel in sharings:
+            for parallel in ways:
                 clips = self._clips(parallel)
                 for size in micro_batches(freedom, clips, tokens):
                     if size > 1 and (best := self._best(found)) and best.timeline.bound_by in ("compute", "memory"):
@@ -151,15 +164,16 @@ class Search:
         return found
 
     def sharings(self) -> list[ParallelConfig]:
-        """The ways to share the work among the GPUs that come out even with the global batch."""
-        pinned, gpus = self.question.freedom.pinned_parallel, self.machine.gpus
+        """The ways to share the work among the GPUs that come out even with the global batch, the simplest first.
+
+        Raises ConfigError where there are none.
+        """
         method: Literal["lora", "full"] = "lora" if self.parts.frozen else "full"
-        found = engines(MemoryStrategy(), gpus, method, self.parts.spec.heads)
-        if gpus > 1 and pinned:
-            wanted = ParallelConfig(**{"strategy": "ddp", **pinned})
-            found = tuple(each for each in found if all(getattr(each, k) == v for k, v in pinned.items())) or (wanted,)
-        size = self.question.freedom.micro_batch_size or 1
-        return [each for each in found if self.question.global_batch_size % (size * (gpus // each.sp)) == 0]
+        heads, gpus = self.parts.spec.heads, self.machine.gpus
+        usual = engines(MemoryStrategy(), gpus, method, heads)
+        if self.parts.drops_out:  # ranks that share a clip would draw differently
+            usual = tuple(each for each in usual if each.sp == 1)
+        return sharings(self.question.freedom, usual, gpus, heads, self.question.global_batch_size)
 
     def _clips(self, parallel: ParallelConfig) -> int:
         """Of a step, on one rank."""
@@ -177,7 +191,7 @@ class Search:
             mode = base.gradient_checkpointing
             if any(_no_faster(base, done.strategy) for done in reached.get(mode, ())):
                 continue
-            if any(parallel_conflicts(base, parallel, self.machine.gpus, self.parts.spec.heads)):
+            if any(sharing_conflicts(base, parallel, self.machine.gpus, self.parts.spec.heads)):
                 continue
             if self.question.freedom.pinned.get("block_swap") and not self._swappable(base, parallel):
                 continue
@@ -207,7 +221,7 @@ class Search:
         if not self.parts.frozen or base.gradient_checkpointing == "none":
             return False
         swapped = base.model_copy(update={"block_swap": self.parts.blocks})
-        return not any(parallel_conflicts(swapped, parallel, self.machine.gpus, self.parts.spec.heads))
+        return not any(sharing_conflicts(swapped, parallel, self.machine.gpus, self.parts.spec.heads))
 
     def _saved(self, base: MemoryStrategy, load: Load, number: int) -> int:
         """Bytes on the device that swapping `number` blocks saves: their weights less the ring's buffers."""
@@ -236,7 +250,7 @@ class Search:
             context_bytes=machine.context_bytes(composed.peak_bytes, machine.gpus, all_to_all=parallel.sp > 1),
             host_bytes=(composed.host_bytes + HOST_PROCESS_BYTES) * machine.gpus,
             micro_batches=micro,
-            device=machine.device,
+            device=self.device,
         )
 
 
@@ -247,6 +261,12 @@ def frontier(fitting: Sequence[Candidate]) -> list[Candidate]:
         if all(each.device_bytes < other.device_bytes or each.host_bytes < other.host_bytes for other in kept):
             kept.append(each)
     return kept
+
+
+def _one_of(machine: Machine) -> Device:
+    """The rates of one of its GPUs: those of a machine have its disk together."""
+    device, sharing = machine.device, min(machine.gpus, MACHINE_GPUS)
+    return replace(device, disk_bytes_per_second=device.disk_bytes_per_second / sharing)
 
 
 def _rank(candidate: Candidate) -> tuple[float, int, int]:

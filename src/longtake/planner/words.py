@@ -9,6 +9,7 @@ from typing import Any
 
 from longtake.config.schema import MemoryStrategy, ParallelConfig
 from longtake.planner.events import KINDS
+from longtake.planner.naming import MACHINE_GPUS
 from longtake.planner.plans import Bucket, Plan, Report, Stage, StagePeak, Tier
 from longtake.units import format_bytes
 
@@ -38,6 +39,10 @@ STAGES: Mapping[Stage, str] = {
 """Each stage in words, in the order of a run."""
 MOST_BUDGET = 4
 """A budget that is so many times a plan's peak is left out of pictures, in which the bytes would be too low to read."""
+RENDEZVOUS = "--max_restarts 3 --rdzv_id JOB --rdzv_backend c10d --rdzv_endpoint HOST0:29500"
+"""How ranks of several machines find each other: `JOB` is any name, `HOST0` one of the machines."""
+SEPARATE_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+"""Else ranks that are started again after a failure often do not find each other."""
 _FACTORS = {"MiB": 2.0**20, "GiB": 2.0**30}
 
 
@@ -148,7 +153,18 @@ def command_of(report: Report, plan: Plan) -> str:
     changes = [f"{key}={_as_set(value)}" for key, value in after.items() if value != before[key]]
     if changes and chosen.strategy.fallbacks:
         changes.append("memory.fallbacks=[]")  # what another strategy falls back to may not go with this one
-    return " ".join([report.command, *(f"--set {shlex.quote(change)}" for change in changes)])
+    command, mark, comment = report.command.partition("  # ")
+    return " ".join([command, *(f"--set {shlex.quote(change)}" for change in changes)]) + mark + comment
+
+
+def training_command(file: str, gpus: int) -> str:
+    """What prepares and trains `file` on so many GPUs; if they are of several machines, each of them is to train."""
+    prepare = f"longtake prepare {file} && "
+    if gpus <= MACHINE_GPUS:
+        return f"{prepare}longtake train {file}{f' --gpus {gpus}' if gpus > 1 else ''}"
+    machines = next(count for count in range(2, gpus + 1) if gpus % count == 0 and gpus // count <= MACHINE_GPUS)
+    each = f"--nnodes {machines} --nproc_per_node {gpus // machines} {RENDEZVOUS}"
+    return f"{prepare}{SEPARATE_STORE} torchrun {each} -m longtake train {file}"
 
 
 def seconds_words(seconds: float) -> str:

@@ -4,17 +4,18 @@ import gc
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from longtake.config.schema import MemoryStrategy
-from longtake.distributed.backend import any_rank
-from longtake.errors import ConfigError, Problem, RunError
+from longtake.distributed.ranks import ALONE, Ranks
+from longtake.errors import ConfigError, Problem, RunError, agreed
 from longtake.memory.accounting import Workload, check, free_for, needs
-from longtake.memory.strategy import apply, ladder
+from longtake.memory.strategy import ALONE as NO_OTHERS
+from longtake.memory.strategy import AmongRanks, apply, ladder
 from longtake.training.model import TrainedModel
 
 Computed = TypeVar("Computed")
@@ -34,6 +35,8 @@ class StrategyInForce:
         workload: Workload,
         run: Path,
         say: Callable[[str], None],
+        ranks: Ranks = ALONE,
+        among: AmongRanks = NO_OTHERS,
     ) -> None:
         self.model = model
         self.configured = self.current = configured
@@ -41,6 +44,9 @@ class StrategyInForce:
         self.workload = workload
         self.run = run
         self.say = say
+        self.ranks = ranks
+        self.among = among
+        self.scratch = run / SCRATCH if ranks.world == 1 else run / SCRATCH / f"rank-{ranks.rank}"
         self.applied = ExitStack()
 
     def check(self) -> None:
@@ -64,32 +70,34 @@ class StrategyInForce:
         """Takes the strategy off."""
         self.applied.close()
 
-    def attempt(self, compute: Callable[[], Computed], moment: str) -> tuple[Computed, int]:
+    def attempt(
+        self, compute: Callable[[], Computed], moment: str, drop: Callable[[], None] | None
+    ) -> tuple[Computed, int]:
         """What `compute` gives, a forward and backward pass that can be made again, and how often memory ran out in it.
 
-        Each time the gradients are dropped and the next fallback is applied. All ranks go the same way. `moment` says
-        in the log when it happened. Raises RunError where no fallback is left.
+        Each time `drop` drops the gradients and the next fallback is applied. All ranks go the same way; where they
+        wait for each other inside of `compute` none can be called back, and `drop` is None. `moment` says in the log
+        when it happened. Raises RunError where no fallback is left, or none can be gone to.
         """
         retries = 0
         while True:
             tried = _tried(compute)
             # Here the exception is gone, and with it the frames that held the failed attempt's activations.
             failed = isinstance(tried, OutOfMemory)
-            if not any_rank(failed):
+            if drop is None:
+                if isinstance(tried, OutOfMemory):
+                    raise out_of_memory(f"{tried.message}, in {moment}, on rank {self.ranks.rank}", self.run)
+                return tried, retries
+            if not self.ranks.any(failed):
                 assert not isinstance(tried, OutOfMemory)
                 return tried, retries
             failure = tried if isinstance(tried, OutOfMemory) else ELSEWHERE
             del tried
             retries += 1
             self.say(f"{moment}: {failure.described()} with {in_words(self.current)}")
-            self.drop_gradients()
+            drop()
             self.applied.close()
             self._fall_back(moment, failure)
-
-    def drop_gradients(self) -> None:
-        """As if backward had not run."""
-        for parameter in self.model.parameters.values():
-            parameter.grad = None
 
     def difference(self) -> dict[str, Any]:
         """The fields of [memory] in which the strategy in force is not the configured one."""
@@ -109,17 +117,17 @@ class StrategyInForce:
             if failed is None:
                 self.say(f"{moment}: going on with {in_words(strategy)}")
                 return
-        raise out_of_memory(f"{failure.message}; no other memory strategy is left", self.run)
+        raise agreed(out_of_memory(f"{failure.message}; no other memory strategy is left", self.run))
 
     def _apply(self, strategy: MemoryStrategy, moment: str) -> "OutOfMemory | None":
         """None, or how the device had no room for what `strategy` itself holds there; then nothing is applied."""
         _release()
         self.current = strategy
         model = self.model
-        applying = apply(model.transformer, model.spec, strategy, self.run / SCRATCH, model.weight_files)
+        applying = apply(model.transformer, model.spec, strategy, self.scratch, model.weight_files, among=self.among)
         tried = _tried(lambda: self.applied.enter_context(applying))
         failed = isinstance(tried, OutOfMemory)
-        if not any_rank(failed):
+        if not self.ranks.any(failed):
             return None
         self.applied.close()
         failure = tried if isinstance(tried, OutOfMemory) else ELSEWHERE
@@ -134,14 +142,16 @@ class StrategyInForce:
             refused = False
         except ConfigError as error:
             refusal, refused = error, True
-        if any_rank(refused):
+        if self.ranks.any(refused):
             raise refusal
 
     def _check(self, strategy: MemoryStrategy) -> None:
         model = self.model
         device = next(iter(model.parameters.values())).device
         needed = needs(model.transformer, model.spec, strategy, self.workload, model.weight_files)
-        check(needed, free_for(device, self.run / SCRATCH))
+        free = free_for(device, self.scratch)
+        beside = self.ranks.local_world  # each of them needs as much
+        check(needed, replace(free, host_bytes=free.host_bytes // beside, disk_bytes=free.disk_bytes // beside))
 
 
 @dataclass(frozen=True)

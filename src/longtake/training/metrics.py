@@ -17,20 +17,28 @@ FILE = "metrics.jsonl"
 class Metrics:
     """The run's log. Lines after the checkpoint that a run resumes from are dropped, so none is there twice.
 
-    `resumed_step` is that checkpoint's, None where there is none: then every line is dropped.
+    `resumed_step` is that checkpoint's, None where there is none: then every line is dropped. Of several ranks one
+    `writes`, the others only know what there is.
     """
 
-    def __init__(self, run: Path, resumed_step: int | None, wandb_project: str, settings: dict[str, Any]) -> None:
-        self.wandb = _wandb(wandb_project, run, settings) if wandb_project else None
+    def __init__(
+        self, run: Path, resumed_step: int | None, wandb_project: str, settings: dict[str, Any], writes: bool = True
+    ) -> None:
         self.path = run / FILE
+        self.writes = writes
         first_dropped = 0 if resumed_step is None else resumed_step + 1
         self.kept = [line for line in read_metrics(self.path) if line["step"] < first_dropped]
+        if not writes:
+            return
+        self.wandb = _wandb(wandb_project, run, settings) if wandb_project else None
         files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.kept))
         self.file = self.path.open("a", encoding="utf-8")
         self.board = SummaryWriter(str(run), purge_step=first_dropped)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One line for `step`, null where a number is not finite; numbers go to TensorBoard and W&B too."""
+        if not self.writes:
+            return
         values = {key: None if _not_finite(value) else value for key, value in values.items()}
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
@@ -42,6 +50,8 @@ class Metrics:
 
     def flush(self) -> None:
         """Has everything written so far on the disk, as a checkpoint that follows it will be."""
+        if not self.writes:
+            return
         os.fsync(self.file.fileno())
         self.board.flush()
 
@@ -51,6 +61,8 @@ class Metrics:
 
     def close(self) -> None:
         """Ends all logs."""
+        if not self.writes:
+            return
         self.file.close()
         self.board.close()
         if self.wandb is not None:

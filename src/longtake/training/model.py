@@ -1,13 +1,16 @@
 """The model that a run trains: loaded, adapted or not, with its share of sigma."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from longtake.config.schema import MemoryStrategy, RunConfig
+from longtake.config.sharing import SHARDED
+from longtake.distributed.engines import shared_out
+from longtake.distributed.ranks import ALONE, Ranks
 from longtake.errors import ConfigError, Problem
 from longtake.lora import attach
 from longtake.memory.block_swap import swapped_blocks
@@ -16,7 +19,7 @@ from longtake.memory.quantization import QuantizedWeight, quantizable, quantize
 from longtake.models.spec import ModelSpec
 from longtake.models.wan import tiny
 from longtake.models.wan.weights import Loading, ModelFiles, load_transformer, locate, weight_files
-from longtake.models.weight_files import WeightFile
+from longtake.models.weight_files import WeightFile, read_weights
 from longtake.training.optimizer import trained_parameters
 from longtake.training.precision import DTYPES
 
@@ -62,17 +65,24 @@ def choose_expert(config: RunConfig, spec: ModelSpec) -> tuple[str, tuple[float,
     return spec.experts[0 if high else 1], (spec.boundary_ratio, 1.0) if high else (0.0, spec.boundary_ratio)
 
 
-def build_model(config: RunConfig, model_files: ModelFiles, device: torch.device) -> TrainedModel:
+def build_model(config: RunConfig, model_files: ModelFiles, device: torch.device, ranks: Ranks = ALONE) -> TrainedModel:
     """Loads the transformer and makes trainable what the config trains: fp32 adapters, or all weights in fp32.
 
     Under adapters the weights are quantised as they are read, and those of swapped blocks are put where
-    `config.memory` wants them: in host memory, or left in their file and on `meta`.
+    `config.memory` wants them: in host memory, or left in their file and on `meta`. Where an engine shares out weights,
+    each rank gets its part of them and no more.
     """
     spec = model_files.variant.spec
     component, sigma_range = choose_expert(config, spec)
     dtype = DTYPES[config.model.dtype] if config.lora else torch.float32
     files = weight_files(model_files, component)
-    if config.lora:
+    sharded = config.parallel.strategy in SHARDED
+    if sharded:
+        transformer = load_transformer(model_files, component, dtype, device, Loading(lambda _name: None))
+        transformer.requires_grad_(True)
+        if config.lora:
+            attach(transformer, config.lora, config.training.seed, device)
+    elif config.lora:
         chosen = _loading(config.memory, spec, files, dtype, device)
         transformer = load_transformer(model_files, component, dtype, device, chosen)
         attach(transformer, config.lora, config.training.seed, device)
@@ -80,10 +90,18 @@ def build_model(config: RunConfig, model_files: ModelFiles, device: torch.device
         transformer = load_transformer(model_files, component, dtype, device)
         transformer.requires_grad_(True)
     transformer.train()
+    shared_out(
+        transformer,
+        getattr(transformer, spec.blocks),
+        config.parallel,
+        ranks,
+        device,
+        lambda wanted: _read(wanted, files),
+    )
     there = {
         name: files[_file_name(name)]
         for name, parameter in transformer.named_parameters()
-        if not parameter.requires_grad and _lies_there(parameter, files.get(_file_name(name)))
+        if not sharded and not parameter.requires_grad and _lies_there(parameter, files.get(_file_name(name)))
     }
     return TrainedModel(transformer, component, spec, trained_parameters(transformer), sigma_range, there)
 
@@ -111,6 +129,17 @@ def _loading(
         return rebuilt(weight, [inner.to(host) for inner in inner_tensors(weight)])
 
     return Loading(place, convert)
+
+
+def _read(wanted: Mapping[str, tuple[int, Tensor]], files: dict[str, WeightFile]) -> None:
+    """Fills stretches of parameters from the bytes of their files."""
+
+    def stretch(name: str) -> WeightFile:
+        (first, values), file = wanted[name], files[_file_name(name)]
+        size = file.dtype.itemsize
+        return replace(file, start=file.start + first * size, nbytes=values.numel() * size)
+
+    read_weights({name: stretch(name) for name in wanted}, lambda name: wanted[name][1], lambda _name, values: values)
 
 
 def _file_name(name: str) -> str:

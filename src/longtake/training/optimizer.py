@@ -1,17 +1,15 @@
-"""AdamW with its states in fp32, in 8 bits or in host memory, the learning rate of a step, the average of weights."""
+"""AdamW with its states in fp32, in 8 bits or in host memory, and the learning rate of a step."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from longtake.config.schema import MemoryStrategy, TrainingConfig
-from longtake.errors import Problem, RunError
 from longtake.memory.copies import Copies, copies_for
-from longtake.memory.flattened import named_inner_tensors
 from longtake.memory.optimizer_offload import OffloadedAdamW
 from longtake.memory.quantization import require_torchao
 
@@ -71,66 +69,6 @@ def learning_rate(step: int, training: TrainingConfig) -> float:
         return training.learning_rate
     done = (step - training.warmup_steps) / max(1, training.steps - training.warmup_steps)
     return training.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-
-
-class MovingAverage:
-    """Exponential moving average of parameters: average = decay average + (1 - decay) value."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
-        self.decay = decay
-        self.parameters = parameters
-        self.averages = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Moves the averages towards the parameters; to be called after each optimiser step."""
-        torch._foreach_lerp_([*self.averages.values()], [*self.parameters.values()], 1 - self.decay)
-
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Inside the context the parameters hold the averages."""
-        kept = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        self._copy(self.averages)
-        try:
-            yield
-        finally:
-            self._copy(kept)
-
-    @torch.no_grad()
-    def _copy(self, values: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(values[name])
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The optimiser's states as `<parameter>/<state>` -> plain tensor, of 8-bit states `<parameter>/<state>/<part>`."""
-    if isinstance(optimizer, OffloadedAdamW):
-        optimizer.finish()
-    return {
-        path: tensor
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-        for path, tensor in named_inner_tensors(value, f"{name}/{key}")
-    }
-
-
-@torch.no_grad()
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
-) -> None:
-    """Inverse of `optimizer_tensors`; a parameter that `tensors` knows nothing of keeps fresh states.
-
-    Raises RunError where they are states of another optimiser; nothing is changed then.
-    """
-    allocate_states(optimizer)
-    own = optimizer_tensors(optimizer, parameters)
-    known = {path.split("/")[0] for path in tensors}
-    for path, tensor in own.items():
-        if path.split("/")[0] in known and (path not in tensors or tensors[path].shape != tensor.shape):
-            what = "the checkpoint's optimiser states are not those of the run's optimiser"
-            raise RunError(Problem(what, path, "set memory.optimizer as it was, or start a new run"))
-    for path in tensors.keys() & own.keys():
-        own[path].copy_(tensors[path])
 
 
 def _adamw8bit(groups: list[dict[str, Any]], rate: float) -> torch.optim.Optimizer:

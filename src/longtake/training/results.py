@@ -22,8 +22,8 @@ from longtake.progress import Reporter
 from longtake.sampling import SampleRequest, check_request, encode_requests, sample_encoded
 from longtake.training.checkpoint import load_newest
 from longtake.training.model import choose_expert, find_model
+from longtake.training.outputs import ADAPTER, adapter_metadata, adapter_of
 from longtake.training.precision import DTYPES
-from longtake.training.run import ADAPTER, adapter_metadata
 from longtake.training.run_folder import CONFIG
 
 
@@ -64,8 +64,7 @@ def run_adapter(run: Path, config: RunConfig, reporter: Reporter) -> Adapter:
             Problem("the run has no adapter and no checkpoint yet", str(run), "wait for output.save_every")
         )
     reporter.line(f"the run is not finished: using the checkpoint after step {checkpoint.step}")
-    tensors = checkpoint.ema or checkpoint.trained
-    state = {re.sub(r"(lora_[AB])\.[^.]+\.weight$", r"\1.weight", name): tensor for name, tensor in tensors.items()}
+    state = adapter_of(checkpoint.of("ema")) or adapter_of(checkpoint.of("trained"))
     return Adapter(state, config.lora.alpha, {})
 
 

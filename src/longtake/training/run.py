@@ -1,206 +1,246 @@
-"""A whole run, from a config to an adapter: what `longtake train` does."""
+"""A whole run, from a config to an adapter: what `longtake train` does, on one process or on many."""
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
-from importlib.metadata import version
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from longtake.config.conflicts import check
+from longtake.config.load import flatten
 from longtake.config.schema import RunConfig
+from longtake.config.sharing import SHARDED, sharing_conflicts
 from longtake.data.buckets import stage_frames
-from longtake.data.cache import Cache
+from longtake.data.cache import Cache, digest
 from longtake.data.encode import component_root, load_manifest
 from longtake.data.loader import BucketSampler, EntryReader
 from longtake.data.split import split
-from longtake.distributed.backend import SingleDevice, local_device, world
-from longtake.errors import ConfigError, Problem
+from longtake.distributed.backend import Backend
+from longtake.distributed.engines import chosen, engage, sequence_parallel_of
+from longtake.distributed.ranks import ALONE, Ranks, restarted
+from longtake.distributed.sequence_parallel import sequence_parallel
+from longtake.distributed.start_checks import check_engine, check_equal, check_shared, versions
+from longtake.errors import ConfigError
 from longtake.files import write_json
-from longtake.lora import adapter_state, save_adapter
 from longtake.memory.accounting import Workload
 from longtake.memory.optimizer_offload import OffloadedAdamW
-from longtake.memory_gauge import MemoryGauge, expand_segments, return_freed_memory
-from longtake.models.wan.weights import ModelFiles, save_transformer
+from longtake.memory.strategy import AmongRanks
+from longtake.memory_gauge import MemoryGauge, expand_segments
+from longtake.models.spec import ModelSpec
+from longtake.models.wan.weights import ModelFiles
 from longtake.progress import Reporter
-from longtake.training.checkpoint import Checkpoint, load_newest
+from longtake.training.average import MovingAverage
+from longtake.training.budget import hold_to_budget
+from longtake.training.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, load_newest
 from longtake.training.fallback import StrategyInForce, first_line, in_words, out_of_memory
-from longtake.training.interrupt import stop_request
+from longtake.training.interrupt import StopRequest, stop_request
 from longtake.training.metrics import Metrics
 from longtake.training.model import TrainedModel, build_model, choose_expert, find_model
-from longtake.training.optimizer import MovingAverage, allocate_states, build_optimizer
+from longtake.training.optimizer import allocate_states, build_optimizer
+from longtake.training.outputs import write_outputs
 from longtake.training.planned import FILE as PLAN
 from longtake.training.planned import Forecast, Planned
 from longtake.training.precision import DTYPES
-from longtake.training.run_folder import check_run, open_run, record_config
+from longtake.training.run_folder import CONFIG, check_run, open_run, record_config
 from longtake.training.trainer import Parts, Trainer, largest_micro_batch
 from longtake.training.validation import Validation
-from longtake.units import format_bytes, parse_bytes
-
-ADAPTER = "adapter.safetensors"
 
 
-def train(config: RunConfig, resume: bool, reporter: Reporter, planned: Planned | None = None) -> Path:
-    """Runs or continues the run of `config` and returns its folder.
+@dataclass(frozen=True)
+class _Begun:
+    """A run that this process takes part in; `asked` is its config with "auto" left as it was."""
 
-    `planned` is what is expected of `config.memory` and its fallbacks; it decides nothing. Raises ConfigError,
-    ModelError, DataError and CacheError before anything is written, RunError afterwards.
+    asked: RunConfig
+    config: RunConfig
+    run: Path
+    ranks: Ranks
+    reporter: Reporter
+    planned: Planned | None
+    gauge: MemoryGauge
+    stop: StopRequest
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a run is made from, before anything of it is on the device."""
+
+    model_files: ModelFiles
+    validation: Validation
+    sampler: BucketSampler
+
+
+def train(
+    config: RunConfig, resume: bool, reporter: Reporter, planned: Planned | None = None, ranks: Ranks = ALONE
+) -> Path:
+    """Runs or continues the run of `config` and returns its folder; every one of `ranks` calls it.
+
+    `planned` is what is expected of `config.memory` and its fallbacks; it decides nothing. Processes that a launcher
+    has started again go on from the last checkpoint. Raises ConfigError, ModelError, DataError and CacheError before
+    anything is written, RunError afterwards.
     """
     assert planned is None or planned.under(config.memory) is planned.strategies[0]
-    _, ranks = world()
-    check(config, ranks)
-    check_run(config, resume, lambda _text: None)  # before anything slow; said when the run is opened
-    device = local_device()
-    expand_segments(device)
-    model_files = find_model(config, reporter.line)
-    spec = model_files.variant.spec
-    choose_expert(config, spec)
-    root = component_root(model_files.root, "model.components")
-    manifest = load_manifest(config, spec, root, reporter.line)
-    reader = EntryReader(Cache(Path(config.data.cache)), manifest.empty_text)
-    training_entries, held = split(manifest.entries, config.data.validation, config.training.seed)
-    stages = stage_frames(config.data.num_frames, config.data.frames_schedule)
-    batch_size = config.training.global_batch_size
-    sampler = BucketSampler(training_entries, stages, config.training.seed, batch_size)
-    held = [entry for entry in held if stages[-1][1] in entry.stages]
-    validation = Validation(config, held, reader, root, device)
-    with _brief(Path(config.output.run)):
-        validation.prepare(spec)  # before the transformer is there, which leaves encoders no room
-    with open_run(config, resume, reporter.line) as run, stop_request() as stop, closing(MemoryGauge(device)) as gauge:
-        _budget(config, gauge, device, reporter, planned)
-        model = build_model(config, model_files, device)
-        checkpoint = load_newest(run, reporter.line) if resume else None
-        first_step = checkpoint.step if checkpoint else 0
-        strategy = _strategy(config, run, model, sampler, first_step, reporter)
-        strategy.check()
-        reporter.line(f"memory: {in_words(config.memory)}")
-        if planned is not None:
-            reporter.line(f"planned: {planned.described()}")
-        forecast = Forecast(planned, sampler, config.training.steps)
-        with _brief(run), strategy, _optimizer(config, model) as optimizer:
-            record_config(config, run)  # what could refuse to begin has not
-            if planned is not None:
-                write_json(run / PLAN, planned.report)
-            parts = _parts(config, strategy, optimizer, forecast, validation, gauge, reporter, checkpoint)
-            try:
-                trainer = Trainer(parts, stop)
-                if checkpoint is not None:
-                    trainer.restore(checkpoint)
-                    reporter.line(f"resumed after step {checkpoint.step}")
-                allocate_states(optimizer)
-                trainer.fit(first_step)
-            finally:
-                parts.metrics.close()
-        write_outputs(config, run, model, parts.average, model_files)
+    asked, config = config, config.model_copy(update={"parallel": chosen(config.parallel, ranks)})
+    told = {key: str(value) for key, value in flatten(config.model_dump())}
+    check_equal(ranks, {**versions(), **told}, "give all ranks the same")
+    ranks.each(lambda: check(config, ranks.world))
+    resume = resume or (ranks.any(restarted()) and ranks.first((Path(config.output.run) / CONFIG).is_file))
+    ranks.first(lambda: check_run(config, resume, lambda _text: None))  # before anything slow; said when it is opened
+    expand_segments(ranks.device)
+    found = _find(config, reporter, ranks)
+    with ExitStack() as held:
+        stop = held.enter_context(stop_request())
+        run = ranks.first(lambda: held.enter_context(open_run(config, resume, reporter.line)))
+        check_shared(ranks, run)
+        gauge = held.enter_context(closing(MemoryGauge(ranks.device)))
+        ranks.each(lambda: hold_to_budget(config, gauge, ranks.device, reporter, planned))
+        _go(_Begun(asked, config, run, ranks, reporter, planned, gauge, stop), found, resume)
     return run
 
 
-def write_outputs(
-    config: RunConfig, run: Path, model: TrainedModel, average: MovingAverage | None, model_files: ModelFiles
-) -> None:
-    """What people take away: the adapter in each format asked for, or the transformer; of the average if any."""
-    with average.in_use() if average else nullcontext():
-        if config.lora is None:
-            save_transformer(model.transformer, run / "transformer", "diffusers")
-            return
-        state = adapter_state(model.transformer)
-    described = adapter_metadata(config, model_files)
-    save_adapter(run / ADAPTER, state, config.lora.alpha, "comfyui", described)
-    for form in config.output.formats:
-        if form != "comfyui":
-            save_adapter(run / f"adapter-{form}.safetensors", state, config.lora.alpha, form, described)
+def _find(config: RunConfig, reporter: Reporter, ranks: Ranks) -> _Found:
+    """The model's files and the prepared data; encodes what is to be sampled."""
+    model_files = ranks.one_by_machine(lambda: find_model(config, reporter.line))
+    spec = model_files.variant.spec
+    ranks.each(lambda: choose_expert(config, spec))
+    ranks.each(lambda: _check_shares(config, spec, ranks))
+    root = component_root(model_files.root, "model.components")
+    manifest = ranks.each(lambda: load_manifest(config, spec, root, reporter.line))
+    check_equal(ranks, {"data.cache": digest(asdict(manifest))}, "put the cache where all ranks see it")
+    reader = EntryReader(Cache(Path(config.data.cache)), manifest.empty_text)
+    training_entries, held = split(manifest.entries, config.data.validation, config.training.seed)
+    stages = stage_frames(config.data.num_frames, config.data.frames_schedule)
+    sampler = BucketSampler(training_entries, stages, config.training.seed, config.training.global_batch_size)
+    held = [entry for entry in held if stages[-1][1] in entry.stages]
+    sp = config.parallel.sp
+    lockstep = config.parallel.strategy not in ("single", "ddp") or sp > 1
+    share = (ranks.rank // sp, ranks.world // sp)
+    validation = Validation(config, held, reader, root, ranks.device, ranks, share, lockstep)
+    with _brief(Path(config.output.run)):
+        validation.prepare(spec)  # before the transformer is there, which leaves encoders no room
+    return _Found(model_files, validation, sampler)
 
 
-def adapter_metadata(config: RunConfig, model_files: ModelFiles) -> dict[str, str]:
-    """What an adapter's file says of how it was made."""
-    return {
-        "longtake.version": version("longtake"),
-        "longtake.model": model_files.variant.name,
-        "longtake.expert": config.model.expert,
-        "longtake.num_frames": str(config.data.num_frames),
-        "longtake.steps": str(config.training.steps),
-    }
+def _check_shares(config: RunConfig, spec: ModelSpec, ranks: Ranks) -> None:
+    """Raises ConfigError where the model's heads cannot be shared out as the config has it."""
+    if found := [*sharing_conflicts(config.memory, config.parallel, ranks.world, spec.heads)]:
+        raise ConfigError(found)
 
 
-def _budget(
-    config: RunConfig, gauge: MemoryGauge, device: torch.device, reporter: Reporter, planned: Planned | None
-) -> None:
-    """Says what may be used; with a budget given CUDA's allocator is held to it, and a CPU's keeps nothing freed."""
-    reporter.line(gauge.device_line())
-    free = gauge.free_bytes()
-    wanted = free if config.memory.budget == "auto" else parse_bytes(config.memory.budget, "memory.budget")
-    if wanted > free:
-        remedy = "lower it or end other processes"
-        what = f"the budget is {format_bytes(wanted)} and only {format_bytes(free)} are free"
-        raise ConfigError(Problem(what, "memory.budget", remedy))
-    if config.memory.budget != "auto" and device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(wanted / total, device)
-    elif config.memory.budget != "auto":
-        return_freed_memory()
-    reporter.line(f"budget: {format_bytes(wanted)}{_not_held(config, device, wanted, planned)}")
-    if device.type == "cuda" and torch.cuda.device_count() > 1:
-        reporter.line(f"{torch.cuda.device_count()} GPUs are visible and this version uses one of them")
+def _go(begun: _Begun, found: _Found, resume: bool) -> None:
+    """Builds the model, trains it, and writes what comes of it."""
+    config, ranks, say = begun.config, begun.ranks, begun.reporter.line
+    model = ranks.each(lambda: build_model(config, found.model_files, ranks.device, ranks))
+    checkpoint = ranks.first(lambda: load_newest(begun.run, say)) if resume else None
+    with ExitStack() as held:
+        strategy = _strategy(begun, model, found.sampler, checkpoint.step if checkpoint else 0, held)
+        ranks.each(strategy.check)
+        say(f"memory: {in_words(config.memory)}")
+        if ranks.world > 1:
+            say(f"parallel: {_in_words(config, ranks)}")
+        if begun.planned is not None:
+            say(f"planned: {begun.planned.described()}")
+        forecast = Forecast(begun.planned, found.sampler, config.training.steps)
+        held.enter_context(_brief(begun.run))
+        ranks.each(lambda: held.enter_context(strategy))
+        with _engine(config, model, ranks) as backend:
+            _record(begun)
+            parts = _parts(begun, strategy, backend, forecast, found.validation, checkpoint)
+            try:
+                step = _fit(Trainer(parts, begun.stop), checkpoint)
+            finally:
+                parts.metrics.close()
+    finished = load_checkpoint(checkpoint_path(begun.run, step))
+    ranks.first(lambda: write_outputs(config, begun.run, finished, found.model_files))
 
 
-def _not_held(config: RunConfig, device: torch.device, budget: int, planned: Planned | None) -> str:
-    if config.memory.budget == "auto" or device.type == "cuda":
-        return ""
-    below = planned is not None and planned.strategies[0].device_peak_bytes <= budget
-    return f" (a CPU run is not held to it{', but planned to stay below it' if below else ''})"
+def _fit(trainer: Trainer, checkpoint: Checkpoint | None) -> int:
+    """Trains from the checkpoint on; gives the step of the last one."""
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+        trainer.parts.reporter.line(f"resumed after step {checkpoint.step}")
+    allocate_states(trainer.parts.backend.optimizer)
+    trainer.fit(checkpoint.step if checkpoint else 0)
+    assert trainer.saved_step is not None, "a run ends with a checkpoint"
+    return trainer.saved_step
+
+
+def _record(begun: _Begun) -> None:
+    """Writes down what is trained and what was planned: what could refuse to begin has not."""
+
+    def write() -> None:
+        record_config(begun.asked, begun.run)
+        if begun.planned is not None:
+            write_json(begun.run / PLAN, begun.planned.report)
+
+    begun.ranks.first(write)
 
 
 def _strategy(
-    config: RunConfig, run: Path, model: TrainedModel, sampler: BucketSampler, first_step: int, reporter: Reporter
+    begun: _Begun, model: TrainedModel, sampler: BucketSampler, first_step: int, held: ExitStack
 ) -> StrategyInForce:
-    """[memory] for the largest micro-batch that is to come."""
-    training = config.training
+    """[memory] for the largest micro-batch that is to come, around ranks that share clips."""
+    config, ranks, training = begun.config, begun.ranks, begun.config.training
+    sharing = sequence_parallel_of(config.parallel, ranks, model.spec.heads)
+    if sharing is not None:
+        held.enter_context(sequence_parallel(model.transformer, model.spec, sharing))
     visits = largest_micro_batch(sampler, model.spec, training.micro_batch_size, first_step)
-    tokens = model.spec.tokens(*visits[0].entry.bucket)
+    tokens = -(-model.spec.tokens(*visits[0].entry.bucket) // config.parallel.sp)
     workload = Workload(tokens, training.micro_batch_size, DTYPES[training.precision].itemsize)
-    return StrategyInForce(model, config.memory, workload, run, reporter.line)
+    among = AmongRanks(sharing, config.parallel.strategy in SHARDED)
+    return StrategyInForce(model, config.memory, workload, begun.run, begun.reporter.line, ranks, among)
 
 
 def _parts(
-    config: RunConfig,
+    begun: _Begun,
     strategy: StrategyInForce,
-    optimizer: torch.optim.Optimizer,
+    backend: Backend,
     forecast: Forecast,
     validation: Validation,
-    gauge: MemoryGauge,
-    reporter: Reporter,
     checkpoint: Checkpoint | None,
 ) -> Parts:
-    training, model, device = config.training, strategy.model, validation.device
+    config, ranks, resumed = begun.config, begun.ranks, checkpoint.step if checkpoint else None
     return Parts(
         config=config,
-        run=strategy.run,
-        model=model,
+        run=begun.run,
+        model=strategy.model,
         strategy=strategy,
-        optimizer=optimizer,
-        backend=SingleDevice([*model.parameters.values()], optimizer, device, training.precision == "fp16"),
-        average=MovingAverage(model.parameters, training.ema) if training.ema else None,
+        backend=backend,
+        ranks=ranks,
+        share=validation.share,
+        average=MovingAverage(backend, config.training.ema) if config.training.ema else None,
         sampler=forecast.sampler,
         reader=validation.reader,
         validation=validation,
-        metrics=Metrics(
-            strategy.run, checkpoint.step if checkpoint else None, config.output.wandb, config.model_dump()
-        ),
-        gauge=gauge,
+        metrics=Metrics(begun.run, resumed, config.output.wandb, config.model_dump(), ranks.is_first),
+        gauge=begun.gauge,
         forecast=forecast,
-        device=device,
-        reporter=reporter,
+        device=validation.device,
+        reporter=begun.reporter,
     )
 
 
 @contextmanager
-def _optimizer(config: RunConfig, model: TrainedModel) -> Iterator[torch.optim.Optimizer]:
-    optimizer = build_optimizer(model.parameters, config.training, config.memory)
+def _engine(config: RunConfig, model: TrainedModel, ranks: Ranks) -> Iterator[Backend]:
+    """The engine of [parallel] with the optimiser of [memory]."""
+    optimizer_of = lambda parameters: build_optimizer(parameters, config.training, config.memory)  # noqa: E731
+    fp16 = config.training.precision == "fp16"
+    given = (model.transformer, model.parameters, optimizer_of, config.parallel, ranks, fp16)
+    backend = ranks.each(lambda: engage(*given))
+    check_engine(backend, config.parallel, ranks)
     try:
-        yield optimizer
+        yield backend
     finally:
-        if isinstance(optimizer, OffloadedAdamW):
-            optimizer.close()
+        if isinstance(backend.optimizer, OffloadedAdamW):
+            backend.optimizer.close()
+
+
+def _in_words(config: RunConfig, ranks: Ranks) -> str:
+    parallel = config.parallel
+    told = {
+        name: value for name, value in parallel.model_dump(exclude={"strategy"}).items() if value not in (1, "none")
+    }
+    return ", ".join([f"{ranks.world} ranks under {parallel.strategy}", *(f"{k} = {v}" for k, v in told.items())])
 
 
 @contextmanager

@@ -14,7 +14,15 @@ from longtake.training.checkpoint import FOLDER as CHECKPOINTS
 
 CONFIG = "config.toml"
 LOCK = ".lock"
-FREE_TO_CHANGE = ("output.", "validation.", "memory.", "training.steps", "training.micro_batch_size", "data.cache")
+FREE_TO_CHANGE = (
+    "output.",
+    "validation.",
+    "memory.",
+    "parallel.",
+    "training.steps",
+    "training.micro_batch_size",
+    "data.cache",
+)
 """Keys that a resumed run may change: they do not decide what a step computes, but for `steps`, which is said."""
 
 

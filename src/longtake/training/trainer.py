@@ -11,11 +11,13 @@ import torch
 
 from longtake.config.schema import RunConfig
 from longtake.data.loader import BucketSampler, EntryReader, Prefetcher, Visit
-from longtake.distributed.backend import Backend
-from longtake.errors import Problem, RunError
+from longtake.distributed.backend import Backend, Held
+from longtake.distributed.ranks import Ranks
+from longtake.errors import Problem, RunError, agreed
 from longtake.memory_gauge import MemoryGauge
 from longtake.models.spec import ModelSpec
 from longtake.progress import Advance, Reporter
+from longtake.training.average import MovingAverage
 from longtake.training.batch import Sample, collate, read_sample, summed_loss
 from longtake.training.checkpoint import Checkpoint, checkpoint_path, save_checkpoint
 from longtake.training.fallback import StrategyInForce, first_line
@@ -23,9 +25,10 @@ from longtake.training.flow_matching import generator_for
 from longtake.training.interrupt import StopRequest
 from longtake.training.metrics import Metrics
 from longtake.training.model import TrainedModel
-from longtake.training.optimizer import MovingAverage, learning_rate, load_optimizer_tensors, optimizer_tensors
+from longtake.training.optimizer import learning_rate
 from longtake.training.planned import Forecast
 from longtake.training.precision import compute_in
+from longtake.training.restoring import restore
 from longtake.training.validation import Validation
 from longtake.units import format_bytes
 
@@ -35,14 +38,18 @@ MOST_SKIPPED = 3
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of; each part is usable on its own."""
+    """What a run is made of; each part is usable on its own. Of several ranks each has its own.
+
+    `share` is which of the groups of ranks that have clips of their own this rank is in, and how many there are.
+    """
 
     config: RunConfig
     run: Path
     model: TrainedModel
     strategy: StrategyInForce
-    optimizer: torch.optim.Optimizer
     backend: Backend
+    ranks: Ranks
+    share: tuple[int, int]
     average: MovingAverage | None
     sampler: BucketSampler
     reader: EntryReader
@@ -64,19 +71,8 @@ class Trainer:
         self.saved_step: int | None = None
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Puts weights, optimiser, average and scaler back; raises RunError where it is of another model."""
-        parts = self.parts
-        parameters = parts.model.parameters
-        if checkpoint.trained.keys() != parameters.keys():
-            raise RunError(Problem("the checkpoint holds other parameters than the run trains", str(parts.run)))
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(checkpoint.trained[name])
-        load_optimizer_tensors(parts.optimizer, parameters, checkpoint.optimizer)
-        if parts.average is not None:
-            for name, average in parts.average.averages.items():
-                average.copy_(checkpoint.ema[name])
-        parts.backend.load_state(checkpoint.state["backend"])
+        """Puts weights, optimiser, average and loss scale back; raises RunError where it is of another model."""
+        restore(checkpoint, self.parts.backend, self.parts.average)
         self.saved_step = checkpoint.step
 
     def fit(self, first_step: int) -> None:
@@ -95,32 +91,37 @@ class Trainer:
         with parts.reporter.bar("training", training.steps, "steps", first_step, parts.forecast.left) as advance:
             for step, samples in loader.steps(first_step):
                 self._show(self._step(step, samples), advance)
-                done, stopped = step + 1, self.stop.signal  # read once: a signal may come at any line
+                done, stopped = step + 1, self._stopped()
                 if done == training.steps or stopped or done % parts.config.output.save_every == 0:
                     self.save(done)
                 if stopped:
                     what = f"stopped by {stopped} after step {done}, which is saved"
-                    raise RunError(Problem(what, str(parts.run), "continue with --resume"))
+                    raise agreed(RunError(Problem(what, str(parts.run), "continue with --resume")))
                 if self._to_look(done):
                     self._validate(done)
 
     def save(self, step: int) -> None:
         """Writes the checkpoint after `step` updates."""
         parts = self.parts
-        parameters = parts.model.parameters
         parts.metrics.flush()
-        checkpoint = Checkpoint(
-            step=step,
-            trained=parameters,
-            optimizer=optimizer_tensors(parts.optimizer, parameters),
-            ema=parts.average.averages if parts.average else {},
-            state={"backend": parts.backend.state()},
-        )
-        save_checkpoint(parts.run, checkpoint, parts.config.output.keep)
+        with parts.backend.tensors() as held:
+            averages: Held = {"ema": parts.average.pieces} if parts.average else {}
+            state = {"backend": parts.backend.scale.state()}
+            save_checkpoint(parts.run, step, held | averages, state, parts.config.output.keep, parts.ranks)
         self.saved_step = step
 
+    def _stopped(self) -> str:
+        """The signal that asks the run to stop, on whichever rank it came."""
+        asked = self.stop.signal  # read once: a signal may come at any line
+        if self.parts.ranks.world == 1 or not self.parts.ranks.any(bool(asked)):
+            return asked
+        return next(signal for signal in self.parts.ranks.gathered(asked) if signal)
+
     def _read(self, step: int) -> list[Sample]:
-        return self._read_all(self.parts.sampler.batch(step))
+        """This rank's share of the global batch: whole micro-batches, as one process would make them."""
+        visits, (own, groups) = self.parts.sampler.batch(step), self.parts.share
+        size = len(visits) // groups
+        return self._read_all(visits[own * size : (own + 1) * size])
 
     def _read_all(self, visits: Sequence[Visit]) -> list[Sample]:
         parts = self.parts
@@ -136,9 +137,11 @@ class Trainer:
         size = parts.config.training.micro_batch_size
         samples = self._read_all(largest_micro_batch(parts.sampler, parts.model.spec, size, first_step))
         devices = [parts.device] if parts.device.type == "cuda" else []
+        # gradients that are not to be used are not summed up, so that memory may run out on one rank alone
+        once = lambda: self._accumulate(samples, last=parts.backend.waits)  # noqa: E731
         with torch.random.fork_rng(devices):
-            parts.strategy.attempt(lambda: self._accumulate(samples), "the largest bucket")
-        parts.strategy.drop_gradients()
+            parts.strategy.attempt(once, "the largest bucket", None if parts.backend.waits else self._drop)
+        self._drop()
         frames, height, width = samples[0].visit.entry.bucket
         peak = parts.gauge.read()
         parts.reporter.line(
@@ -151,9 +154,11 @@ class Trainer:
         parts, training = self.parts, self.parts.config.training
         started = time.perf_counter()
         rate = learning_rate(step, training)
-        for group in parts.optimizer.param_groups:
+        for group in parts.backend.optimizer.param_groups:
             group["lr"] = rate
-        loss, retries = parts.strategy.attempt(lambda: self._accumulate(samples), f"step {step + 1}")
+        again = self._drop if parts.ranks.world == 1 else None  # else another rank may wait for this one's gradients
+        loss, retries = parts.strategy.attempt(lambda: self._accumulate(samples), f"step {step + 1}", again)
+        (loss,) = parts.ranks.summed(loss / (parts.ranks.world // parts.share[1]))
         try:
             norm, skip = self._update(loss)
         except torch.OutOfMemoryError as error:
@@ -161,13 +166,13 @@ class Trainer:
         seconds = time.perf_counter() - started
         bucket = samples[0].visit.entry.bucket
         parts.forecast.add(bucket, seconds, parts.strategy.current, whole=not retries)
-        memory = parts.gauge.read()
+        memory = parts.gauge.read().most_of(parts.ranks.gathered)
         line: dict[str, Any] = {
             "loss": loss,
             "learning_rate": rate,
             "grad_norm": norm,
             "step_seconds": seconds,
-            "tokens_per_second": len(samples) * parts.model.spec.tokens(*bucket) / seconds,
+            "tokens_per_second": training.global_batch_size * parts.model.spec.tokens(*bucket) / seconds,
             "device_peak_bytes": memory.device_peak_bytes,
             "host_peak_bytes": memory.host_peak_bytes,
             **parts.forecast.fields(step + 1, bucket),
@@ -175,14 +180,15 @@ class Trainer:
             "host_bytes": memory.host_bytes,
             "driver_peak_bytes": memory.driver_peak_bytes,
             "num_frames": bucket[0],
-            **parts.backend.state(),
+            **parts.backend.scale.state(),
         }
         if difference := parts.strategy.difference():
             line["strategy"] = difference
         if retries:
             line["out_of_memory"] = retries
         if skip:
-            line |= {"loss": None, "grad_norm": None, "skipped": [sample.visit.key for sample in samples]}
+            skipped = [visit.key for visit in parts.sampler.batch(step)]
+            line |= {"loss": None, "grad_norm": None, "skipped": skipped}
         parts.metrics.write(step + 1, line)
         self._count_skips(step, skip)
         return line | {"step": step + 1}
@@ -193,6 +199,7 @@ class Trainer:
         norm = parts.backend.clip(parts.config.training.clip_norm)
         skip = not (math.isfinite(loss) and math.isfinite(norm))
         parts.backend.step(skip)
+        parts.backend.scale.update(math.isfinite(norm))
         if not skip and parts.average is not None:
             parts.average.update()
         return norm, skip
@@ -207,18 +214,26 @@ class Trainer:
         remedy = f"{last}; set memory.optimizer_offload = true or use fewer data.num_frames, then --resume"
         return RunError(Problem(what, str(run), remedy))
 
-    def _accumulate(self, samples: Sequence[Sample]) -> float:
-        """Backward over the micro-batches; the loss is the mean over the whole global batch."""
+    def _drop(self) -> None:
+        """As if no backward pass had run."""
+        self.parts.backend.step(skip=True)
+
+    def _accumulate(self, samples: Sequence[Sample], last: bool = True) -> float:
+        """Backward over the micro-batches; the loss is this rank's part of the mean over the whole global batch.
+
+        Without `last` more are to come.
+        """
         parts, training = self.parts, self.parts.config.training
         model, size = parts.model, training.micro_batch_size
         total = torch.zeros((), device=parts.device)
         for first in range(0, len(samples), size):
             chosen = samples[first : first + size]
+            parts.backend.begin(last and first + size >= len(samples))
             batch = collate(chosen, model.spec, training, parts.device)
             # LoRA's dropout draws from the global generator: give it a state that is a function of the visit
             torch.manual_seed(generator_for(f"dropout:{training.seed}:{chosen[0].visit.key}").initial_seed())
             with compute_in(model.transformer, model.spec, training.precision, parts.device):
-                loss = summed_loss(model.transformer, model.spec, batch) / training.global_batch_size
+                loss = summed_loss(parts.backend.module, model.spec, batch) / training.global_batch_size
                 parts.backend.backward(loss)
             total += loss.detach()
         return float(total)
@@ -235,7 +250,7 @@ class Trainer:
         if self.skipped_in_row >= most:
             what = f"{most} updates in a row had a loss or gradient that is not finite, the last at step {step + 1}"
             remedy = "lower training.learning_rate, and continue with --resume from the last checkpoint"
-            raise RunError(Problem(what, str(parts.run), remedy))
+            raise agreed(RunError(Problem(what, str(parts.run), remedy)))
 
     def _to_look(self, step: int) -> bool:
         config = self.parts.config

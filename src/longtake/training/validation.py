@@ -12,6 +12,7 @@ from longtake.config.schema import RunConfig
 from longtake.data.cache import Entry
 from longtake.data.loader import EntryReader, Visit
 from longtake.data.video import read_image, write_clip
+from longtake.distributed.ranks import ALONE, Ranks
 from longtake.models.spec import ModelSpec
 from longtake.sampling import EncodedRequest, SampleRequest, check_request, encode_requests, sample_encoded
 from longtake.training.batch import Sample, collate, summed_loss
@@ -28,7 +29,9 @@ MOST_CLIPS = 32
 class Validation:
     """Held-out `entries` of the last stage of the curriculum, and what to sample.
 
-    `encoded` is what `prepare` leaves: prompts and images are the same at every validation.
+    `encoded` is what `prepare` leaves: prompts and images are the same at every validation. Ranks share the work, each
+    group of them that has clips of its own (`share`: which one, of how many); those that wait for each other in every
+    forward pass (`lockstep`) make the same number of them.
     """
 
     config: RunConfig
@@ -36,6 +39,9 @@ class Validation:
     reader: EntryReader
     root: Path
     device: torch.device
+    ranks: Ranks = ALONE
+    share: tuple[int, int] = (0, 1)
+    lockstep: bool = False
     encoded: Sequence[EncodedRequest] | None = field(default=None, init=False)
 
     def prepare(self, spec: ModelSpec) -> None:
@@ -45,36 +51,45 @@ class Validation:
         Raises as `requests`, and ModelError where an encoder is missing or damaged.
         """
         if self.encoded is None:
-            self.encoded = encode_requests(self.root, spec, self._requests(spec), self.device)
+            encode = lambda: encode_requests(self.root, spec, self._requests(spec), self.device)  # noqa: E731
+            self.encoded = self.ranks.first(encode)
 
     def loss(self, model: TrainedModel) -> float:
         """Mean loss over clips and sigmas: the same noise at every call, nothing dropped."""
         training = self.config.training
-        total, count = 0.0, 0
+        jobs = [(entry, index) for entry in self.entries[:MOST_CLIPS] for index in range(SIGMAS)]
+        own, groups = self.share
+        mine = jobs[own::groups]
+        if self.lockstep:  # in which a job is made once more, to be there with the others
+            mine += jobs[:1] * (-(-len(jobs) // groups) - len(mine))
+        total, counted = 0.0, len(jobs[own::groups])
         computing = compute_in(model.transformer, model.spec, training.precision, self.device)
         with torch.no_grad(), _evaluating(model.transformer), computing:
-            for entry in self.entries[:MOST_CLIPS]:
-                for draw_index in range(SIGMAS):
-                    one = self._sample(entry, draw_index, model)
-                    batch = collate([one], model.spec, training, self.device)
-                    total += float(summed_loss(model.transformer, model.spec, batch))
-                    count += 1
-        return total / count
+            for number, (entry, draw_index) in enumerate(mine):
+                one = self._sample(entry, draw_index, model)
+                batch = collate([one], model.spec, training, self.device)
+                loss = float(summed_loss(model.transformer, model.spec, batch))
+                total += loss if number < counted else 0.0
+        together = self.ranks.world // groups
+        return self.ranks.summed(total)[0] / together / len(jobs)
 
     def sample(self, model: TrainedModel, step: int, folder: Path) -> list[Path]:
-        """Writes `step-00000100-0.mp4` and a JSON beside it for each of the config's samples."""
+        """Writes `step-00000100-0.mp4` and a JSON beside it for each of the config's samples; all ranks get them."""
         self.prepare(model.spec)
         transformers = {model.component: model.transformer}
+        own, groups = (0, 1) if self.lockstep else self.share
         written = []
-        for index, encoded in enumerate(self.encoded or ()):
+        for index, encoded in [*enumerate(self.encoded or ())][own::groups]:
             request = encoded.request
             with compute_in(model.transformer, model.spec, self.config.training.precision, self.device):
                 frames = sample_encoded(self.root, model.spec, transformers, encoded, self.device)
             path = folder / f"step-{step:08d}-{index}.mp4"
+            written.append(path)
+            if self.lockstep and not self.ranks.is_first:
+                continue
             files.write_file(path, lambda staged, frames=frames: write_clip(frames, staged, float(model.spec.fps)))  # type: ignore[misc]
             files.write_json(path.with_suffix(".json"), {"step": step, "prompt": request.prompt, "seed": request.seed})
-            written.append(path)
-        return written
+        return sorted({path for each in self.ranks.gathered(written) for path in each})
 
     def requests(self, model: TrainedModel) -> list[SampleRequest]:
         """The config's samples; raises where an image cannot be read or the model cannot follow one."""

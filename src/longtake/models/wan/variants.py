@@ -6,7 +6,7 @@ from math import prod
 from typing import Any
 
 from longtake.errors import ModelError, Problem
-from longtake.models.spec import BlockStages, ModelSpec, Task
+from longtake.models.spec import BlockStages, ModelSpec, Task, TokenAxis
 
 KEEP_FP32 = ("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
 """What diffusers keeps in fp32 (`WanTransformer3DModel._keep_in_fp32_modules`)."""
@@ -89,6 +89,7 @@ def _variant(
         "heads": full["num_attention_heads"],
         "head_dim": full["attention_head_dim"],
         "stages": _stages,
+        "token_axis": _token_axis,
         "keep_fp32": KEEP_FP32,
     }
     size, num_frames, shift = made_for
@@ -102,6 +103,12 @@ def _stages() -> BlockStages:
     from longtake.models.wan import block
 
     return block
+
+
+def _token_axis() -> TokenAxis:
+    from longtake.models.wan import token_axis
+
+    return token_axis
 
 
 _480P = ((832, 480), 81, 3.0)
