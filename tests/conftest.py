@@ -11,7 +11,12 @@ from checked_types import CheckedFinder
 
 # Before the first import of torch, and for every process that a test starts: sums in one order, no network.
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-os.environ |= {"TOKENIZERS_PARALLELISM": "false", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+os.environ |= {
+    "DS_ACCELERATOR": "cpu",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "TOKENIZERS_PARALLELISM": "false",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+}
 
 if os.environ.get("LONGTAKE_TYPECHECK", "1") == "1":
     sys.meta_path.insert(0, CheckedFinder())

@@ -5,17 +5,14 @@ differs is the order of sums alone.
 """
 
 import json
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from launched import launched
-from longtake.config.schema import ParallelConfig, Precision, RunConfig
+from longtake.config.schema import Precision, RunConfig
 
 STEPS = 20
 GLOBAL_BATCH = 4

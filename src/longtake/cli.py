@@ -84,11 +84,18 @@ def inspect(
 
 
 @app.command()
-def prepare(config: options.ConfigArgument, assignments: options.SetOption = None) -> None:
+def prepare(
+    config: options.ConfigArgument,
+    assignments: options.SetOption = None,
+    num_frames: options.Frames = None,
+    height: options.Height = None,
+    width: options.Width = None,
+) -> None:
     """Encode clips and captions into the conditioning cache; resumable, shared among ranks."""
     from longtake.cli_train import load
+    from longtake.config.flags import Flags
 
-    loaded = load(config, assignments or [])
+    loaded = load(config, assignments or [], Flags(num_frames=num_frames, height=height, width=width))
     _quiet_libraries()
     from longtake.data.encode import component_root
     from longtake.data.encode import prepare as prepare_cache

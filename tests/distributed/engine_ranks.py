@@ -4,16 +4,14 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor, nn
 
 from engine_cases import GLOBAL_BATCH, STEPS, Case, Outcome
-from longtake.config.schema import RunConfig
 from longtake.config.sharing import SHARDED
 from longtake.data.cache import Entry
 from longtake.data.loader import Tensors, Visit
@@ -23,11 +21,9 @@ from longtake.distributed.ranks import ALONE, Ranks, joined
 from longtake.distributed.sequence_parallel import sequence_parallel
 from longtake.distributed.start_checks import check_engine, group_size
 from longtake.memory.strategy import AmongRanks, apply
-from longtake.models.libraries import quiet_libraries
-from longtake.models.spec import ModelSpec
-from longtake.training.batch import Batch, Sample, collate, summed_loss
+from longtake.training.batch import Sample, collate, summed_loss
 from longtake.training.flow_matching import draw, generator_for
-from longtake.training.model import TrainedModel, build_model, find_model
+from longtake.training.model import build_model, find_model
 from longtake.training.optimizer import allocate_states, build_optimizer
 from longtake.training.precision import compute_in
 

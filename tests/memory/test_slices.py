@@ -19,7 +19,7 @@ from longtake.memory.host_buffers import Keep, Kept, keep_on_device
 from longtake.memory.slices import slices
 from longtake.models.wan.variants import variant
 from longtake.training.precision import compute_in
-from tiny_steps import Gradients, MODELS, TOKENS, Loaded, farthest, gradients_of, load, loss_of, step
+from tiny_steps import MODELS, TOKENS, Gradients, Loaded, farthest, gradients_of, load, loss_of, step
 
 LORA = LoraConfig(rank=2)
 CUTS = {

@@ -16,7 +16,6 @@ from longtake.models.wan.weights import ModelFiles, load_transformer
 from longtake.training.checkpoint import checkpoint_path
 from longtake.training.metrics import FILE, read_metrics
 from longtake.training.run import train
-from longtake.training.trainer import largest_micro_batch
 from runs import CPU, Recorder, Scene, assert_same_run, learnt
 from saved import read
 
@@ -174,7 +173,7 @@ def test_a_largest_micro_batch_of_few_clips_repeats_them(scenes: Scenes, tmp_pat
     manifest = scene.prepare(config)
     assert manifest is not None
     sampler = BucketSampler(manifest.entries, [(0, 5), (1, 9)], 0, 8)
-    visits = largest_micro_batch(sampler, scene.spec, 6, 0)
+    visits = sampler.largest(scene.spec.tokens, 6, 0)
     assert [visit.entry.bucket for visit in visits] == [(9, 32, 32)] * 6
     assert {visit.stage for visit in visits} == {1}
     assert len({visit.entry.latents for visit in visits}) == 4

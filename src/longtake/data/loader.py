@@ -63,6 +63,13 @@ class BucketSampler:
         first = batch * self.global_batch_size
         return [self._visit(stage, bucket, index) for index in range(first, first + self.global_batch_size)]
 
+    def largest(self, tokens: Callable[[int, int, int], int], size: int, first_step: int) -> list[Visit]:
+        """`size` visits of the bucket with the most `tokens` among those that are trained from `first_step` on."""
+        begun = max(index for index, (first, _) in enumerate(self.stages) if first <= first_step)
+        buckets = [(stage, entries) for stage in range(begun, len(self.stages)) for entries in self.buckets[stage]]
+        stage, entries = max(buckets, key=lambda found: tokens(*found[1][0].bucket))
+        return [Visit(entries[index % len(entries)], stage, 0) for index in range(size)]
+
     def _visit(self, stage: int, bucket: int, index: int) -> Visit:
         entries = self.buckets[stage][bucket]
         epoch, position = divmod(index, len(entries))

@@ -156,8 +156,11 @@ def library() -> Any:
     """DeepSpeed, imported so that it compiles nothing and says nothing; raises ConfigError where it is missing."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")  # it asks no further where a process is alone
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)  # of what it calls
+    # of what it calls and imports
+    warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", "`torch.jit.* is deprecated", DeprecationWarning)
     try:
         import deepspeed
     except ImportError:

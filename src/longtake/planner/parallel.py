@@ -51,7 +51,7 @@ def distribute(
             stage = int(parallel.strategy[-1])
             return zero(composed, stage, parallel.offload == "optimizer", gpus, sizes, rank)
         case "fsdp2":
-            return fsdp2(composed, gpus, sizes, rank)
+            return fsdp2(composed, gpus, parallel.dp_replicate, sizes, rank)
         case "deepspeed_stage_3":
             return zero3(composed, parallel.offload, gpus, sizes, rank)
         case "single" | "auto":

@@ -15,8 +15,8 @@ GRANULE = 512
 """Bytes that CUDA's caching allocator rounds an allocation up to."""
 FIRST_EVENT = 2_000_000
 """Those of a step on one GPU have lower numbers."""
-WEIGHTS, GRADIENTS, OPTIMIZER, BUFFERS = (
-    KINDS.index(kind) for kind in ("weights", "gradients", "optimizer", "buffers")
+WEIGHTS, ADAPTERS, GRADIENTS, OPTIMIZER, BLOCK, BUFFERS = (
+    KINDS.index(kind) for kind in ("weights", "adapters", "gradients", "optimizer", "block", "buffers")
 )
 
 
@@ -60,6 +60,13 @@ class Rank:
                 self.compute(_part(item.work, divided_by), item.label, held(item))
             else:
                 self.items.append(item)
+
+    def before_update(self, update: Iterable[Item], held: Callable[[Compute], Sequence[int]], gradients: int) -> None:
+        """The norm of the gradients, a number from each rank: of the gradients there are `gradients` bytes still."""
+        first = next(item for item in update if isinstance(item, Compute))
+        own = [*held(first)]
+        own[GRADIENTS] = gradients
+        self.compute(NO_WORK, first.label, own)
 
     def update_in_host(self, part: int, returned: int) -> None:
         """An update of `part` bytes of fp32 weights by AdamW in host memory, after which `returned` of them come back.

@@ -49,30 +49,39 @@ def ddp(composed: Composed, ranks: int, sizes: Sizes, rank: Rank) -> Composed:
 def zero(composed: Composed, stage: int, offload: bool, ranks: int, sizes: Sizes, rank: Rank) -> Composed:
     """Under ZeRO 1 or 2: a rank updates its part of all trained weights, laid in a row, and all gather them afterwards.
 
-    Beside the states a rank has a copy of its part in fp32, though the weights are fp32 themselves
-    (`single_partition_of_fp32_groups`, deepspeed/runtime/zero/stage_1_and_2.py), and in `step` its gradients twice,
-    flat and as they came. Stage 1 sums gradients up in the last micro-batch, stage 2 in each and keeps a rank's part.
-    Settings: `contiguous_gradients` and `overlap_comm`, hence two buckets (`zero_bucket`);
-    `use_multi_rank_bucket_allreduce`, the default, which sums up on all ranks instead of on one. Gradients go over the
-    network in fp32; `torch_autocast` would send those of linear layers in its own type, in half the time.
+    Weights are fp32, and what is updated is a rank's part of the row itself, not a copy of it: the engine sees to that.
+    Stage 1 sums gradients up in the last micro-batch, stage 2 in each. A rank keeps the gradients of weights that are
+    in its part, or partly are (`grads_in_partition`, deepspeed/runtime/zero/stage_1_and_2.py), apart from those of
+    earlier micro-batches to which they are added; in `step` its part is there twice, as it came and flat.
 
-    With `offload`, of stage 2, states, that copy, gradients and another copy of the part to be sent back are in host
-    memory (`cpu_offload` there), and a gradient on its way has a buffer of the largest one's size on both sides.
+    Settings: `contiguous_gradients` and `overlap_comm`, hence two buckets (`zero_bucket`), and gradients of several
+    ranks in one are copied into a third tensor to be summed up (`allreduce_bucket`, `use_multi_rank_bucket_allreduce`
+    being the default). Gradients go over the network in fp32; `torch_autocast` would send those of linear layers in its
+    own type, in half the time.
+
+    With `offload`, of stage 2, states, averages, a copy of the part, gradients and another copy of it to be sent back
+    are in host memory (`cpu_offload` there), and a gradient on its way has a buffer of the largest one's size on both
+    sides.
     """
     part, trained = zero_partition(sizes, ranks), sizes.trained_bytes
-    states, buckets = ceil(sizes.optimizer * part, trained), 2 * zero_bucket(sizes)
+    states, buckets = ceil((sizes.optimizer + sizes.averages) * part, trained), 3 * zero_bucket(sizes)
+    kept = part + max((weight.nbytes for weight in sizes.block_trained), default=0)
+    accumulates = next(item for item in composed.micro_batch if isinstance(item, Compute)).held[GRADIENTS] > 0
 
     def held(item: Compute) -> list[int]:
         own, of = [*item.held], part_of(item.label)
-        own[OPTIMIZER] += (0 if offload else states + part) - sizes.optimizer
+        own[OPTIMIZER] += (0 if offload else states) - sizes.optimizer - sizes.averages
+        backward = of in ("turn", "backward")
         if of == "update":
-            own[GRADIENTS] = 2 * part
+            own[GRADIENTS] = kept + part
         elif stage == 2:
-            own[GRADIENTS] = ceil(own[GRADIENTS] * part, trained)
+            own[GRADIENTS] = kept * (accumulates + backward)
+        elif accumulates and backward:
+            own[GRADIENTS] += kept
         if offload:
             own[GRADIENTS] = 0
             own[BUFFERS] += sizes.largest_gradient
-        own[BUFFERS] += buckets if of in ("turn", "backward") else 0
+        own[BUFFERS] += buckets if backward else 0
         return own
 
     ready: list[tuple[int, int]] = []
@@ -88,6 +97,7 @@ def zero(composed: Composed, stage: int, offload: bool, ranks: int, sizes: Sizes
     rank.wait(*reduced[-2:])
     micro_batch = rank.taken()
     _sum_up(rank, ready, ranks)
+    rank.before_update(composed.update, held, 0 if offload else kept)
     if offload:
         rank.update_in_host(part, part)
     rank.write(composed.update, held, divided_by=0 if offload else ranks)

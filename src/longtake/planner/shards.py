@@ -93,7 +93,8 @@ class Shares:
     """Bytes of one of `ranks` ranks: its shards of `frozen` and `trained` weights, and weights that are `whole` always.
 
     `block` is a gathered block, `others` are the gathered weights outside the blocks, `block_gradients` and
-    `other_gradients` the trained ones among them, all with what is padded so that ranks have equal parts.
+    `other_gradients` the trained ones among them, `block_largest` and `other_largest` the largest weights, all with
+    what is padded so that ranks have equal parts.
     """
 
     ranks: int
@@ -105,6 +106,8 @@ class Shares:
     others: int
     block_gradients: int
     other_gradients: int
+    block_largest: int
+    other_largest: int
 
 
 def fsdp2_shares(sizes: Sizes, ranks: int) -> Shares:
@@ -145,23 +148,27 @@ def _shares(sizes: Sizes, ranks: int, shard: Any, persistent: int) -> Shares:
     def own(weights: Iterable[Weight]) -> int:
         return sum(rounded(shard(weight) * weight.itemsize) for weight in weights)
 
-    def gathered(*groups: Iterable[Weight]) -> int:
+    def gathered(*groups: Iterable[Weight]) -> list[int]:
         moving = (weight for group in groups for weight in group if weight.values > persistent)
-        return sum(ranks * shard(weight) * weight.itemsize for weight in moving)
+        return [ranks * shard(weight) * weight.itemsize for weight in moving]
 
     def whole(block: Iterable[Weight], other: Iterable[Weight]) -> int:
         return sizes.blocks * _small(block, persistent) + _small(other, persistent)
 
+    block = gathered(sizes.block_frozen, sizes.block_trained)
+    others = gathered(sizes.other_frozen, sizes.other_trained)
     return Shares(
         ranks,
         sizes.blocks * own(sizes.block_frozen) + own(sizes.other_frozen),
         sizes.blocks * own(sizes.block_trained) + own(sizes.other_trained),
         whole(sizes.block_frozen, sizes.other_frozen),
         whole(sizes.block_trained, sizes.other_trained),
-        gathered(sizes.block_frozen, sizes.block_trained),
-        gathered(sizes.other_frozen, sizes.other_trained),
+        sum(block),
+        sum(others),
         sum(ranks * shard(weight) * weight.itemsize for weight in sizes.block_trained),
         sum(ranks * shard(weight) * weight.itemsize for weight in sizes.other_trained),
+        max(block, default=0),
+        max(others, default=0),
     )
 
 

@@ -14,14 +14,18 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @contextmanager
-def compute_in(transformer: nn.Module, spec: ModelSpec, precision: Precision, device: torch.device) -> Iterator[None]:
+def compute_in(
+    transformer: nn.Module, spec: ModelSpec, precision: Precision, device: torch.device, keep_casts: bool = True
+) -> Iterator[None]:
     """Inside the context `transformer` computes in `precision`, fp32 islands excepted; nothing around it does.
 
     The backward pass belongs inside too: checkpointing computes blocks again there, which must save the same types.
     `spec.keep_fp32` names the islands: without them autocast would embed timesteps in bf16, which tells 294 of 1000
     apart. So are RMS norms whose weight is in the compute type: since torch 2.12 autocast on CUDA casts them to fp32
     (pytorch/pytorch#188955), which costs 2.5 GiB in a 14B model's block at 51,480 tokens; their sums are fp32 anyway.
-    peft's cast of a LoRA's input to fp32 is switched off, because autocast takes it back at once.
+    peft's cast of a LoRA's input to fp32 is switched off, because autocast takes it back at once. Autocast keeps what
+    it has cast of fp32 weights until the forward pass ends, unless `keep_casts` is false: of weights that an engine
+    gathers block by block it would keep the whole model.
     """
     if precision == "fp32":
         yield
@@ -35,7 +39,7 @@ def compute_in(transformer: nn.Module, spec: ModelSpec, precision: Precision, de
         module.forward = _under(module.forward, torch.autocast(device.type, enabled=False))
     for module in casting:
         module.cast_input_dtype_enabled = False  # type: ignore[assignment]  # an attribute of peft's layers
-    transformer.forward = _under(transformer.forward, torch.autocast(device.type, dtype))
+    transformer.forward = _under(transformer.forward, torch.autocast(device.type, dtype, cache_enabled=keep_casts))
     try:
         yield
     finally:

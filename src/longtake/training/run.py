@@ -43,7 +43,7 @@ from longtake.training.planned import FILE as PLAN
 from longtake.training.planned import Forecast, Planned
 from longtake.training.precision import DTYPES
 from longtake.training.run_folder import CONFIG, check_run, open_run, record_config
-from longtake.training.trainer import Parts, Trainer, largest_micro_batch
+from longtake.training.trainer import Parts, Trainer
 from longtake.training.validation import Validation
 
 
@@ -184,7 +184,7 @@ def _strategy(
     sharing = sequence_parallel_of(config.parallel, ranks, model.spec.heads)
     if sharing is not None:
         held.enter_context(sequence_parallel(model.transformer, model.spec, sharing))
-    visits = largest_micro_batch(sampler, model.spec, training.micro_batch_size, first_step)
+    visits = sampler.largest(model.spec.tokens, training.micro_batch_size, first_step)
     tokens = -(-model.spec.tokens(*visits[0].entry.bucket) // config.parallel.sp)
     workload = Workload(tokens, training.micro_batch_size, DTYPES[training.precision].itemsize)
     among = AmongRanks(sharing, config.parallel.strategy in SHARDED)

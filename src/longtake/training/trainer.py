@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from longtake.config.schema import RunConfig
+from longtake.config.sharing import SHARDED
 from longtake.data.loader import BucketSampler, EntryReader, Prefetcher, Visit
 from longtake.distributed.backend import Backend, Held
 from longtake.distributed.ranks import Ranks
 from longtake.errors import Problem, RunError, agreed
 from longtake.memory_gauge import MemoryGauge
-from longtake.models.spec import ModelSpec
 from longtake.progress import Advance, Reporter
 from longtake.training.average import MovingAverage
 from longtake.training.batch import Sample, collate, read_sample, summed_loss
@@ -135,7 +135,7 @@ class Trainer:
         """
         parts = self.parts
         size = parts.config.training.micro_batch_size
-        samples = self._read_all(largest_micro_batch(parts.sampler, parts.model.spec, size, first_step))
+        samples = self._read_all(parts.sampler.largest(parts.model.spec.tokens, size, first_step))
         devices = [parts.device] if parts.device.type == "cuda" else []
         # gradients that are not to be used are not summed up, so that memory may run out on one rank alone
         once = lambda: self._accumulate(samples, last=parts.backend.waits)  # noqa: E731
@@ -232,7 +232,8 @@ class Trainer:
             batch = collate(chosen, model.spec, training, parts.device)
             # LoRA's dropout draws from the global generator: give it a state that is a function of the visit
             torch.manual_seed(generator_for(f"dropout:{training.seed}:{chosen[0].visit.key}").initial_seed())
-            with compute_in(model.transformer, model.spec, training.precision, parts.device):
+            keep = parts.config.parallel.strategy not in SHARDED
+            with compute_in(model.transformer, model.spec, training.precision, parts.device, keep):
                 loss = summed_loss(parts.backend.module, model.spec, batch) / training.global_batch_size
                 parts.backend.backward(loss)
             total += loss.detach()
@@ -288,11 +289,3 @@ class Trainer:
         advance(line["step"], f"loss {loss}  {line['tokens_per_second']:.0f} tokens/s  {memory}")
         if comparison := self.parts.forecast.comparison(device):
             self.parts.reporter.line(f"after step {line['step']}: {comparison}")
-
-
-def largest_micro_batch(sampler: BucketSampler, spec: ModelSpec, size: int, first_step: int) -> list[Visit]:
-    """`size` visits of the bucket with the most tokens among those that are trained from `first_step` on."""
-    begun = max(index for index, (first, _) in enumerate(sampler.stages) if first <= first_step)
-    buckets = [(stage, entries) for stage in range(begun, len(sampler.stages)) for entries in sampler.buckets[stage]]
-    stage, entries = max(buckets, key=lambda found: spec.tokens(*found[1][0].bucket))
-    return [Visit(entries[index % len(entries)], stage, 0) for index in range(size)]
