@@ -28,7 +28,7 @@ _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"`([^`\n]+)`")
 _LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^(#+) (.+)$", re.MULTILINE)
-_TOOLS = re.compile(r"^(longtake|make|pip|python|tensorboard) ", re.MULTILINE)
+_TOOLS = re.compile(r"^(longtake|make|pip|python|tensorboard|torchrun) ", re.MULTILINE)
 
 
 def named(paths: Sequence[Path]) -> pytest.MarkDecorator:
