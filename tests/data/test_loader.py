@@ -167,3 +167,20 @@ def test_nothing_is_read_where_nothing_is_left() -> None:
 
     assert [*Prefetcher(refuse, last=3).steps(3)] == []
     assert [*Prefetcher(refuse, last=3).steps(5)] == []
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4, 8])
+def test_ranks_share_a_batch_whole_in_order_and_in_one_bucket(groups: int) -> None:
+    sampler = BucketSampler(entries(f5=5, f9=3, f17=7), [(0, 5), (6, 9), (20, 17)], seed=2, global_batch_size=8)
+    for step in range(60):
+        shares = [sampler.share(step, own, groups) for own in range(groups)]
+        assert [visit for share in shares for visit in share] == sampler.batch(step)
+        assert {len(share) for share in shares} == {8 // groups}, "none waits for another"
+        assert len({visit.entry.bucket for share in shares for visit in share}) == 1
+
+
+def test_uneven_data_is_trained_once_an_epoch_by_whichever_rank() -> None:
+    sampler = BucketSampler(entries(f5=7), [(0, 5)], seed=0, global_batch_size=4)
+    seen = [visit for step in range(7) for own in range(4) for visit in sampler.share(step, own, 4)]
+    assert Counter(visit.entry.latents for visit in seen) == dict.fromkeys((f"f5-{index}" for index in range(7)), 4)
+    assert len({visit.key for visit in seen}) == 28

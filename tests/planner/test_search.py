@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from longtake.config.conflicts import memory_conflicts
 from longtake.config.schema import LoraConfig, MemoryStrategy, TrainingConfig
 from longtake.models.wan.variants import variant
+from longtake.planner.advice import most_frames
 from longtake.planner.candidates import Freedom
 from longtake.planner.direct import trace
 from longtake.planner.hardware import DEVICES
@@ -177,3 +178,28 @@ def test_on_a_cpu_host_memory_is_the_devices() -> None:
         for place in ("host", "none")
     )
     assert moved.device_bytes >= kept.device_bytes
+
+
+def test_ranks_share_no_clip_where_adapters_draw_dropout() -> None:
+    drawing = Tracer(Subject(variant(SMALL), LoraConfig(dropout=0.1), TrainingConfig()))
+    own = replace(machine(), gpus=4)
+    asked = (Search(parts, Question(own, CASE, 4, Freedom())) for parts in (tracer(SMALL), drawing))
+    assert [{each.sp for each in found.sharings()} for found in asked] == [{1, 2, 4}, {1}]
+
+
+def test_ranks_of_a_machine_have_its_disk_together() -> None:
+    """Copies that a step waits for take so many times as long, and nothing else does."""
+    strategy = MemoryStrategy(activation_offload="disk")
+    one, eight = (search(SMALL, (17, 480, 832), replace(machine("rtx-4090"), gpus=gpus), 8) for gpus in (1, 8))
+    alone, shared = (found.candidate(strategy, Load((17, 480, 832), 1, True), 0).device for found in (one, eight))
+    assert shared == replace(alone, disk_bytes_per_second=alone.disk_bytes_per_second / 8)
+
+
+def test_the_longest_clip_of_several_gpus_is_one_that_they_share() -> None:
+    own = machine("rtx-3090", 4)
+    parts = tracer(SMALL)
+    asked = (Question(replace(own, gpus=gpus), (17, 480, 832), 4, Freedom()) for gpus in (1, 4))
+    alone, shared = (most_frames(parts, question) for question in asked)
+    assert alone is not None
+    assert shared is not None
+    assert shared > alone

@@ -63,6 +63,16 @@ class BucketSampler:
         first = batch * self.global_batch_size
         return [self._visit(stage, bucket, index) for index in range(first, first + self.global_batch_size)]
 
+    def share(self, step: int, own: int, groups: int) -> list[Visit]:
+        """The part of `batch` that the ranks of group `own` of `groups` train on: neighbours, as one process has them.
+
+        The batch is of one bucket, so that all ranks have as much to do; it must come out even.
+        """
+        visits = self.batch(step)
+        size, rest = divmod(len(visits), groups)
+        assert not rest, "a batch that ranks cannot share"
+        return visits[own * size : (own + 1) * size]
+
     def largest(self, tokens: Callable[[int, int, int], int], size: int, first_step: int) -> list[Visit]:
         """`size` visits of the bucket with the most `tokens` among those that are trained from `first_step` on."""
         begun = max(index for index, (first, _) in enumerate(self.stages) if first <= first_step)

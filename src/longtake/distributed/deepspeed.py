@@ -17,7 +17,6 @@ from longtake.distributed.backend import Held, Named
 from longtake.distributed.loss_scale import LossScale
 from longtake.distributed.pieces import Piece, Read, flat
 from longtake.distributed.ranks import Ranks, connect_alone
-from longtake.errors import ConfigError, Problem
 
 BUCKET_VALUES = 2**24
 """Of gradients that are reduced at once; DeepSpeed's own 5e8 take 2 GB, or 4."""
@@ -153,7 +152,7 @@ class ZeRO:
 
 
 def library() -> Any:
-    """DeepSpeed, imported so that it compiles nothing and says nothing; raises ConfigError where it is missing."""
+    """DeepSpeed, imported so that it compiles nothing and says nothing, over the ranks that have met."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")  # it asks no further where a process is alone
@@ -161,11 +160,8 @@ def library() -> Any:
     # of what it calls and imports
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", "`torch.jit.* is deprecated", DeprecationWarning)
-    try:
-        import deepspeed
-    except ImportError:
-        remedy = "pip install 'longtake[deepspeed]', or use \"fsdp2\""
-        raise ConfigError(Problem("deepspeed is not installed", "parallel.strategy", remedy)) from None
+    import deepspeed
+
     # else a module for shared memory is built at the first collective, for two minutes and with a compiler
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # importing it has set another

@@ -1,6 +1,7 @@
 """Which engine a config means, put on a transformer, and the groups of ranks that share clips."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from longtake.distributed.ddp import DataParallel
 from longtake.distributed.pieces import Read
 from longtake.distributed.ranks import Ranks, connect_alone
 from longtake.distributed.sequence_parallel import SequenceParallel
+from longtake.errors import ConfigError, Problem
 
 
 def chosen(parallel: ParallelConfig, ranks: Ranks) -> ParallelConfig:
@@ -21,6 +23,13 @@ def chosen(parallel: ParallelConfig, ranks: Ranks) -> ParallelConfig:
     if parallel.strategy != "auto":
         return parallel
     return parallel.model_copy(update={"strategy": "single" if ranks.world == 1 else "ddp"})
+
+
+def require(parallel: ParallelConfig) -> None:
+    """Raises ConfigError where the library of an engine is missing."""
+    if parallel.strategy.startswith("deepspeed") and find_spec("deepspeed") is None:
+        remedy = "pip install 'longtake[deepspeed]', or use \"fsdp2\""
+        raise ConfigError(Problem("deepspeed is not installed", "parallel.strategy", remedy))
 
 
 def engage(
@@ -34,7 +43,7 @@ def engage(
     """Puts the engine that `parallel` names on `transformer`; `optimizer_of` makes the optimiser of what it trains.
 
     A transformer for an engine of `SHARDED` must have been shared out by `shared_out` before. Every rank has to call
-    it. Raises ConfigError where DeepSpeed is wanted and missing.
+    it.
     """
     if parallel.strategy == "single":
         assert ranks.world == 1

@@ -124,7 +124,7 @@ def ranks_of_environment() -> Ranks:
     if problems:
         raise ConfigError(problems)
     ranks = replace(ALONE, **given)
-    if not (ranks.rank < ranks.world and ranks.local_rank < max(ranks.local_world, ranks.local_rank + 1)):
+    if ranks.rank >= ranks.world:
         what = f"rank {ranks.rank} of {ranks.world}"
         raise ConfigError(Problem(what, "RANK", "start the ranks with torchrun"))
     return ranks

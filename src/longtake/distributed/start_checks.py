@@ -44,8 +44,8 @@ def differences(all_ranks: list[dict[str, str]], remedy: str) -> Iterator[Proble
             if each.get(key) != first.get(key):
                 others.setdefault(each.get(key), []).append(rank)
         for value, where in others.items():
-            names = f"rank {where[0]}" if len(where) == 1 else f"ranks {', '.join(map(str, where))}"
-            yield Problem(f"{names} has {value}, rank 0 has {first.get(key)}", key, remedy)
+            names = f"rank {where[0]} has" if len(where) == 1 else f"ranks {', '.join(map(str, where))} have"
+            yield Problem(f"{names} {value}, rank 0 has {first.get(key)}", key, remedy)
 
 
 def check_shared(

@@ -17,11 +17,11 @@ from longtake.data.encode import component_root, load_manifest
 from longtake.data.loader import BucketSampler, EntryReader
 from longtake.data.split import split
 from longtake.distributed.backend import Backend
-from longtake.distributed.engines import chosen, engage, sequence_parallel_of
+from longtake.distributed.engines import chosen, engage, require, sequence_parallel_of
 from longtake.distributed.ranks import ALONE, Ranks, restarted
 from longtake.distributed.sequence_parallel import sequence_parallel
 from longtake.distributed.start_checks import check_engine, check_equal, check_shared, versions
-from longtake.errors import ConfigError
+from longtake.errors import ConfigError, Problem
 from longtake.files import write_json
 from longtake.memory.accounting import Workload
 from longtake.memory.optimizer_offload import OffloadedAdamW
@@ -84,6 +84,7 @@ def train(
     told = {key: str(value) for key, value in flatten(config.model_dump())}
     check_equal(ranks, {**versions(), **told}, "give all ranks the same")
     ranks.each(lambda: check(config, ranks.world))
+    ranks.each(lambda: require(config.parallel))
     resume = resume or (ranks.any(restarted()) and ranks.first((Path(config.output.run) / CONFIG).is_file))
     ranks.first(lambda: check_run(config, resume, lambda _text: None))  # before anything slow; said when it is opened
     expand_segments(ranks.device)
@@ -103,7 +104,6 @@ def _find(config: RunConfig, reporter: Reporter, ranks: Ranks) -> _Found:
     model_files = ranks.one_by_machine(lambda: find_model(config, reporter.line))
     spec = model_files.variant.spec
     ranks.each(lambda: choose_expert(config, spec))
-    ranks.each(lambda: _check_shares(config, spec, ranks))
     root = component_root(model_files.root, "model.components")
     manifest = ranks.each(lambda: load_manifest(config, spec, root, reporter.line))
     check_equal(ranks, {"data.cache": digest(asdict(manifest))}, "put the cache where all ranks see it")
@@ -111,6 +111,7 @@ def _find(config: RunConfig, reporter: Reporter, ranks: Ranks) -> _Found:
     training_entries, held = split(manifest.entries, config.data.validation, config.training.seed)
     stages = stage_frames(config.data.num_frames, config.data.frames_schedule)
     sampler = BucketSampler(training_entries, stages, config.training.seed, config.training.global_batch_size)
+    ranks.each(lambda: _check_shares(config, spec, sampler, ranks))
     held = [entry for entry in held if stages[-1][1] in entry.stages]
     sp = config.parallel.sp
     lockstep = config.parallel.strategy not in ("single", "ddp") or sp > 1
@@ -121,9 +122,15 @@ def _find(config: RunConfig, reporter: Reporter, ranks: Ranks) -> _Found:
     return _Found(model_files, validation, sampler)
 
 
-def _check_shares(config: RunConfig, spec: ModelSpec, ranks: Ranks) -> None:
-    """Raises ConfigError where the model's heads cannot be shared out as the config has it."""
-    if found := [*sharing_conflicts(config.memory, config.parallel, ranks.world, spec.heads)]:
+def _check_shares(config: RunConfig, spec: ModelSpec, sampler: BucketSampler, ranks: Ranks) -> None:
+    """Raises ConfigError where the model's heads or a clip's tokens cannot be shared out as the config has it."""
+    found = [*sharing_conflicts(config.memory, config.parallel, ranks.world, spec.heads)]
+    shapes = {entries[0].bucket for buckets in sampler.buckets for entries in buckets}
+    for frames, height, width in sorted(shapes):
+        if (tokens := spec.tokens(frames, height, width)) < config.parallel.sp:
+            what = f"{tokens} tokens of {frames} frames of {width}x{height} are fewer than ranks that share them"
+            found.append(Problem(what, "parallel.sp", f"at most {tokens}"))
+    if found:
         raise ConfigError(found)
 
 

@@ -118,10 +118,8 @@ class Trainer:
         return next(signal for signal in self.parts.ranks.gathered(asked) if signal)
 
     def _read(self, step: int) -> list[Sample]:
-        """This rank's share of the global batch: whole micro-batches, as one process would make them."""
-        visits, (own, groups) = self.parts.sampler.batch(step), self.parts.share
-        size = len(visits) // groups
-        return self._read_all(visits[own * size : (own + 1) * size])
+        """This rank's share of the global batch."""
+        return self._read_all(self.parts.sampler.share(step, *self.parts.share))
 
     def _read_all(self, visits: Sequence[Visit]) -> list[Sample]:
         parts = self.parts
