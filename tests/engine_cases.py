@@ -1,17 +1,18 @@
 """Short trainings under an engine of several ranks, and how far each ends from the same training in one process.
 
-`distributed/engine_ranks.py` runs them. Engines differ in the order of sums alone, so one set of bounds holds for all:
-on tiny-i2v's trained weights, 20 steps with a gradient that no parameter lacks. Plain SGD without clipping is what shows
-a gradient of the wrong size: AdamW divides it away. AdamW in turn shows states and decay that go astray. It makes much
-of a small difference, though: a value whose gradient is itself a rounding error moves by up to the learning rate a step,
-one way or the other. So the rate is one that users have, 1e-4, and warms up, since the first steps know no second moment.
+`distributed/engine_ranks.py` runs them, on tiny-i2v's trained weights. Engines differ in the order of sums alone, so one
+set of bounds holds for all. Plain SGD without clipping shows a gradient of the wrong size, which AdamW divides away;
+AdamW shows states and decay that go astray, and makes much of what is small: a value whose gradient is hardly more than
+its rounding error moves by up to the learning rate in a step, either way. Its rate is therefore one that users have, and
+warms up; adapters begin with both halves filled, so that no parameter is without a gradient.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -23,14 +24,26 @@ from torch import Tensor
 from launched import launched
 from longtake.config.schema import Precision, RunConfig
 
-STEPS = 20
 GLOBAL_BATCH = 4
 RATES = {"sgd": 0.1, "adamw": 1e-4}
 BOUNDS = {"fp32": (2e-6, 1e-5, 1e-5), "bf16": (1e-3, 1e-2, 1e-3), "fp16": (1e-3, 1e-2, 1e-3)}
 """Of the relative difference of a loss and of a gradient's norm, and of the difference of a weight."""
 RANKS = Path(__file__).parent / "distributed" / "engine_ranks.py"
 PLAIN = {"gradient_checkpointing": "none"}
-Parallel = Mapping[str, Any]
+ENGINES: dict[int, list[dict[str, Any]]] = {
+    2: [
+        *({"strategy": name} for name in ("ddp", "fsdp2", *(f"deepspeed_stage_{stage}" for stage in (1, 2, 3)))),
+        {"strategy": "deepspeed_stage_2", "offload": "optimizer"},
+        {"strategy": "deepspeed_stage_3", "offload": "parameters"},
+        *({"strategy": name, "sp": 2} for name in ("ddp", "fsdp2", "deepspeed_stage_2", "deepspeed_stage_3")),
+    ],
+    4: [
+        *({"strategy": name, "sp": 2} for name in ("ddp", "fsdp2", "deepspeed_stage_2", "deepspeed_stage_3")),
+        {"strategy": "fsdp2", "dp_replicate": 2},
+        {"strategy": "fsdp2", "dp_replicate": 2, "sp": 2},
+    ],
+}
+"""Ways to share the work, each a `[parallel]`, by the number of ranks."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,7 @@ class Case:
     optimizer: Literal["sgd", "adamw"] = "sgd"
     precision: Precision = "fp32"
     clip_norm: float = 0.0
+    steps: int = 20
     memory: dict[str, Any] = field(default_factory=lambda: PLAIN)
     gradient_factor: float = 1.0
 
@@ -58,13 +72,24 @@ class Case:
         """A name that no other case has."""
         return sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
+    def __str__(self) -> str:
+        told = [
+            *(f"{key} = {value}" for key, value in self.parallel.items() if key != "strategy"),
+            "LoRA" if self.lora else "full",
+            {"sgd": "SGD", "adamw": "AdamW"}[self.optimizer],
+            self.precision,
+            *(f"{key} = {value}" for key, value in self.memory.items() if value != "none"),
+            *([f"gradients x {self.gradient_factor}"] if self.gradient_factor != 1 else []),
+        ]
+        return f"{self.parallel['strategy']}, {', '.join(told)}"
+
     def config(self) -> RunConfig:
         """A run's, with data and output that nobody looks at."""
         sections: dict[str, Any] = {
             "model": {"name": "tiny-i2v", "dtype": self.precision},
             "lora": {"rank": 4, "alpha": 4.0, "targets": ["attention", "ffn", "image"]} if self.lora else None,
             "training": {
-                "steps": STEPS,
+                "steps": self.steps,
                 "global_batch_size": GLOBAL_BATCH,
                 "precision": self.precision,
                 "learning_rate": RATES[self.optimizer],
@@ -95,7 +120,6 @@ class Outcome:
     module: str
     ranks: int
     held: list[int]
-    seconds: float
     weights: dict[str, Tensor] = field(default_factory=dict)
 
     def write(self, folder: Path, case: Case) -> None:
@@ -129,6 +153,12 @@ class Compared:
 
     def __str__(self) -> str:
         return f"loss {self.loss:.1e}, norm {self.norm:.1e}, weight {self.weight:.1e}"
+
+
+def matrix(ranks: int) -> list[Case]:
+    """Every way to share the work among so many ranks with every way to train."""
+    ways = product((True, False), ("sgd", "adamw"), ("fp32", "bf16"))
+    return [Case(parallel, *way) for way in ways for parallel in ENGINES[ranks]]
 
 
 def compared(ranks: int, cases: Sequence[Case], seconds: float) -> list[Compared]:

@@ -52,7 +52,7 @@ class Started:
 
 @contextmanager
 def started(command: Sequence[object], said: Path, changes: Mapping[str, str]) -> Iterator[Started]:
-    """A process in an environment with `changes`; what is left of it and of those that it started ends with the test."""
+    """A process in an environment with `changes`; what is left of it and of those that it started is ended."""
     mark = uuid.uuid4().hex
     with (
         said.open("wb") as file,

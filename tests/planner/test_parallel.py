@@ -26,6 +26,8 @@ MIB = 2**20
 SIZES = Sizes(2, (LARGE, SMALL), (TRAINED,), (OUTSIDE,), (), optimizer=2 * MIB)
 """A block has 2 MiB and 12 KiB of frozen weights and adapters of 512 KiB; outside are 1 MiB. Gradients: 1 MiB."""
 ENGINES = ("ddp", "fsdp2", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+KEPT = MIB // 4 + MIB // 2
+"""Of a quarter of the gradients, and of the weight that is at its edge, whole."""
 WORK = Work(matmul_flops=10**12, moved_bytes=10**9, calls=10)
 
 
@@ -60,6 +62,11 @@ def kinds_at(composed: Composed, label: str) -> dict[str, int]:
     return dict(zip(KINDS, found, strict=True))
 
 
+def gradients_of_update(composed: Composed) -> list[int]:
+    """Bytes of gradients when their norm is taken, and when they are used."""
+    return [item.held[KINDS.index("gradients")] for item in composed.update if isinstance(item, Compute)]
+
+
 def copies(items: tuple[Item, ...], queue: str = "network", label: str = "") -> list[int]:
     return [each.nbytes for each in items if isinstance(each, Copy) and each.queue == queue and label in each.label]
 
@@ -89,13 +96,13 @@ def test_ddp_cuts_gradients_into_buckets_that_are_summed_up_as_blocks_are_done()
     assert first.start == last.start
 
 
-def test_zero_1_shares_out_states_and_keeps_a_copy_of_its_part() -> None:
+def test_zero_1_shares_out_states_and_keeps_the_gradients_of_its_part() -> None:
     composed = ranked("deepspeed_stage_1")
     bucket = MIB  # of all gradients, which are fewer than a bucket takes
-    assert kinds_at(composed, "forward 1")["optimizer"] == (2 * MIB + MIB) // 4
-    expected = {"optimizer": 3 * MIB // 4, "gradients": MIB // 2, "buffers": 2 * bucket}
+    assert kinds_at(composed, "forward 1")["optimizer"] == 2 * MIB // 4
+    expected = {"optimizer": MIB // 2, "gradients": MIB // 2, "buffers": 3 * bucket}
     assert kinds_at(composed, "backward 2") == kinds_at(step(), "backward 2") | expected
-    assert kinds_at(composed, "update")["gradients"] == 2 * MIB // 4
+    assert gradients_of_update(composed) == [KEPT, KEPT + MIB // 4]
     assert copies(composed.update, label="gradients") == [2 * 3 * MIB // 4]
     assert copies(composed.update, label="updated") == [3 * MIB // 4]
     assert isinstance(composed.update[-1], Wait)
@@ -103,9 +110,16 @@ def test_zero_1_shares_out_states_and_keeps_a_copy_of_its_part() -> None:
 
 def test_zero_2_shares_out_gradients_and_sums_them_up_in_each_micro_batch() -> None:
     composed = ranked("deepspeed_stage_2")
-    assert kinds_at(composed, "backward 1")["gradients"] == MIB // 4
+    assert [kinds_at(composed, label)["gradients"] for label in ("forward 1", "backward 1")] == [0, KEPT]
     assert copies(composed.micro_batch) == [2 * 3 * MIB // 4]
     assert copies(composed.update) == [3 * MIB // 4]
+
+
+def test_zero_2_has_gradients_of_two_micro_batches_while_it_adds_them_up() -> None:
+    alone = step()
+    items = tuple(replace(item, held=held(gradients=MIB)) for item in alone.micro_batch if isinstance(item, Compute))
+    composed = distribute(replace(alone, micro_batch=items), ParallelConfig(strategy="deepspeed_stage_2"), 4, SIZES)
+    assert [kinds_at(composed, label)["gradients"] for label in ("forward 1", "backward 1")] == [KEPT, 2 * KEPT]
 
 
 def test_fsdp2_has_shards_two_gathered_blocks_and_one_block_of_gradients() -> None:
@@ -125,16 +139,40 @@ def test_fsdp2_has_shards_two_gathered_blocks_and_one_block_of_gradients() -> No
     assert not copies(composed.update)
 
 
+def test_replicas_have_all_shards_and_sum_up_their_gradients() -> None:
+    two, alone = ranked("fsdp2", 4, dp_replicate=2), ranked("fsdp2", 2)
+    for label in ("prologue", "forward 1", "turn", "backward 2", "update"):
+        assert kinds_at(two, label) == kinds_at(alone, label)
+    block = MIB // 2
+    assert copies(two.micro_batch, label="gradients") == [block // 2, block // 2] * 2  # half is sent, of half a sum
+    assert copies(two.micro_batch, label="ward") == copies(alone.micro_batch, label="ward")
+    assert two.update[-1] == alone.update[-1]
+
+
 def test_zero_3_keeps_small_weights_whole_beside_their_shards() -> None:
     composed = ranked("deepspeed_stage_3")
     small, small_shard = 6 * 512 * 4, 6 * 512
     forward = kinds_at(composed, "forward 2")
     assert forward["weights"] == 2 * (MIB // 2 + small_shard + small) + MIB // 4
-    assert forward["buffers"] == MIB + 2 * (2 * MIB + MIB // 2)
     assert forward["gradients"] == MIB // 4
-    assert kinds_at(composed, "turn")["buffers"] == 2 * MIB + 2 * MIB + MIB // 2 + MIB
-    assert kinds_at(composed, "update")["gradients"] == MIB // 2
+    assert gradients_of_update(composed) == [MIB // 4, MIB // 2]
     assert composed.host_bytes == 0
+
+
+def test_zero_3_gathers_two_blocks_ahead_and_the_weight_that_is_too_much() -> None:
+    composed = ranked("deepspeed_stage_3")
+    gathered = 2 * (2 * MIB + MIB // 2) + 2 * MIB
+    assert kinds_at(composed, "forward 2")["buffers"] == MIB + gathered  # and the bucket of gradients
+    assert kinds_at(composed, "turn")["buffers"] == 2 * MIB + gathered
+    assert kinds_at(composed, "backward 2")["buffers"] == 2 * MIB + gathered + MIB // 2  # a gradient on its way there
+    wide = replace(SIZES, other_frozen=(Weight(2048, 2048, 2),))
+    composed = distribute(step(), ParallelConfig(strategy="deepspeed_stage_3"), 4, wide)
+    labels = ("prologue", "forward 1", "backward 2", "backward 1")
+    more = [
+        kinds_at(composed, label)["buffers"] - kinds_at(ranked("deepspeed_stage_3"), label)["buffers"]
+        for label in labels
+    ]
+    assert more == [6 * MIB, 0, 0, 6 * MIB]
 
 
 def test_offload_moves_states_and_then_all_shards_to_the_host() -> None:

@@ -19,7 +19,7 @@ from longtake.planner.events import KINDS
 from longtake.planner.plans import Report, StagePeak
 from longtake.planner.report import print_report, to_json
 from longtake.planner.toml import write_toml
-from longtake.planner.words import answer, command_of, seconds_words, settings, training_command, why_not
+from longtake.planner.words import answer, command_of, seconds_words, settings, why_not
 from planner.reports import FRUGAL, GIB, STREAMED, hostile_report, nothing_fits_report, realistic_report
 
 REPORTS = (realistic_report(), nothing_fits_report(), hostile_report())
@@ -281,30 +281,6 @@ def test_another_plans_command_drops_the_chosen_ones_fallbacks() -> None:
     fallen = report.plans[0].strategy.model_copy(update={"fallbacks": (FRUGAL,)})
     report = replace(report, plans=(replace(report.plans[0], strategy=fallen), *report.plans[1:]))
     assert command_of(report, report.plans[1]).endswith(" --set 'memory.fallbacks=[]'")
-
-
-def test_another_plans_settings_come_before_what_is_remarked_of_the_command() -> None:
-    report = replace(realistic_report(), command="longtake train run.toml  # with data.source set in it")
-    command = command_of(report, report.plans[1])
-    assert command.startswith("longtake train run.toml --set memory.")
-    assert command.endswith("  # with data.source set in it")
-
-
-@pytest.mark.parametrize(
-    ("gpus", "train"),
-    [
-        (1, "longtake train run.toml"),
-        (8, "longtake train run.toml --gpus 8"),
-        (16, "torchrun --nnodes 2 --nproc_per_node 8 "),
-        (12, "torchrun --nnodes 2 --nproc_per_node 6 "),
-        (11, "torchrun --nnodes 11 --nproc_per_node 1 "),
-    ],
-)
-def test_more_gpus_than_a_machine_has_are_started_by_torchrun_on_each(gpus: int, train: str) -> None:
-    command = training_command("run.toml", gpus)
-    assert command.startswith("longtake prepare run.toml && ")
-    assert train in command
-    assert ("--rdzv_endpoint HOST0:29500 -m longtake train run.toml" in command) == (gpus > 8)
 
 
 def test_there_is_no_command_where_nothing_is_chosen() -> None:

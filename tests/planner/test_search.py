@@ -195,10 +195,10 @@ def test_ranks_of_a_machine_have_its_disk_together() -> None:
     assert shared == replace(alone, disk_bytes_per_second=alone.disk_bytes_per_second / 8)
 
 
-def test_the_longest_clip_of_several_gpus_is_one_that_they_share() -> None:
-    own = machine("rtx-3090", 4)
-    parts = tracer(SMALL)
-    asked = (Question(replace(own, gpus=gpus), (17, 480, 832), 4, Freedom()) for gpus in (1, 4))
+def test_the_longest_clip_of_several_ranks_is_one_that_they_share() -> None:
+    subject = Subject(variant("tiny-t2v"), LoraConfig(rank=8), TrainingConfig(precision="fp32"), "fp32", "cpu")
+    parts, own = Tracer(subject), replace(machine(budget=0.15), device=DEVICES["cpu"])
+    asked = (Question(replace(own, gpus=ranks), (17, 96, 160), 4, Freedom()) for ranks in (1, 4))
     alone, shared = (most_frames(parts, question) for question in asked)
     assert alone is not None
     assert shared is not None

@@ -1,4 +1,4 @@
-"""Signals: the first is noted, the second has its usual effect, and what was ignored stays so."""
+"""Signals: the first is noted, the second has its usual effect, also among ranks, and what was ignored stays so."""
 
 import os
 import signal
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from longtake.training import interrupt
 from longtake.training.interrupt import stop_request
 
 
@@ -41,6 +42,34 @@ def test_the_second_signal_has_its_usual_effect(second: signal.Signals) -> None:
         with pytest.raises(Told):
             os.kill(os.getpid(), second)
         assert stop.signal == "SIGINT"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_rank_takes_what_its_launcher_passes_on_for_the_same_request(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    with stop_request() as stop:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.Signals[name])
+            assert stop.signal == name
+    with pytest.raises(Told):
+        os.kill(os.getpid(), signal.Signals[name])
+
+
+def test_to_a_rank_another_signal_or_the_same_one_later_has_its_usual_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    with stop_request() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Told):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == "SIGTERM"
+    monkeypatch.setattr(interrupt, "REPEATED_WITHIN", 0.0)
+    with stop_request() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Told):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == "SIGTERM"
 
 
 def test_afterwards_signals_are_as_before() -> None:

@@ -142,3 +142,12 @@ def test_blocks_that_are_computed_again_in_backward_save_what_forward_saved(
             model(**given, return_dict=False)[0].float().square().mean().backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_autocast_keeps_its_casts_only_where_it_may(load: Any, keep: bool) -> None:
+    model, seen = load(torch.bfloat16), []
+    model.blocks[0].register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_cache_enabled()))
+    with compute_in(model, SPEC, "bf16", CPU, keep):
+        model(**inputs())
+    assert seen == [keep]

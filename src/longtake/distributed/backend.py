@@ -74,14 +74,19 @@ class SingleDevice:
 
     def step(self, skip: bool) -> None:
         """One update, or none."""
-        if not skip:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        update(self.optimizer, skip)
 
     @contextmanager
     def tensors(self, write: bool = False) -> Iterator[Held]:  # noqa: ARG002
         """Everything, whole."""
         yield whole_tensors(self.parameters, self.optimizer, saved=True)
+
+
+def update(optimizer: torch.optim.Optimizer, skip: bool) -> None:
+    """A step of `optimizer`, or with `skip` none; the gradients are dropped."""
+    if not skip:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def clipped(parameters: Named, clip_norm: float, scale: LossScale) -> float:

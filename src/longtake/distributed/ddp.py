@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from longtake.distributed.backend import Held, Named, clipped, whole_tensors
+from longtake.distributed.backend import Held, Named, clipped, update, whole_tensors
 from longtake.distributed.loss_scale import LossScale
 from longtake.distributed.ranks import Ranks
 
@@ -53,9 +53,7 @@ class DataParallel:
 
     def step(self, skip: bool) -> None:
         """One update, the same on every rank."""
-        if not skip:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        update(self.optimizer, skip)
 
     @contextmanager
     def tensors(self, write: bool = False) -> Iterator[Held]:  # noqa: ARG002

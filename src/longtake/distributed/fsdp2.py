@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from longtake.distributed.backend import Held, Named
+from longtake.distributed.backend import Held, Named, update
 from longtake.distributed.loss_scale import LossScale
 from longtake.distributed.pieces import Piece, Read, flat, whole
 from longtake.distributed.ranks import Ranks
@@ -61,9 +61,7 @@ class FullyShardedData:
 
     def step(self, skip: bool) -> None:
         """Each rank updates its rows."""
-        if not skip:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        update(self.optimizer, skip)
 
     @contextmanager
     def tensors(self, write: bool = False) -> Iterator[Held]:  # noqa: ARG002

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as processes
+from torch.distributed.rendezvous import rendezvous
 
 from longtake.errors import ConfigError, LongtakeError, Problem, RunError, agreed
 
@@ -23,6 +24,7 @@ Said = TypeVar("Said")
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for another that is alive; one that has died is noticed at once, by its closed connection."""
 JOIN_TIMEOUT = timedelta(minutes=5)
+"""How long a rank waits at the start for those that have not come yet."""
 _LOST = re.compile(
     r"connection (closed|reset|refused)|broken pipe|socket closed|remote process|no route|failed to recv|"
     r"recvvalue failed|nccl communicator was aborted|unhandled system error|timed out waiting",
@@ -154,7 +156,7 @@ def joined() -> Iterator[Ranks]:
         yield ranks
     except RuntimeError as error:
         if is_lost(error):
-            what = f"rank {ranks.rank} has lost another rank, whose own message says why"
+            what = "lost another rank, whose own message says why"
             remedy = "the run goes on from its last checkpoint with --resume"
             raise RunError(Problem(what, "", remedy)) from error
         raise
@@ -197,7 +199,10 @@ def _meet(ranks: Ranks) -> None:
             raise ConfigError(Problem(what, place, "start as many ranks as there are GPUs"))
         torch.cuda.set_device(ranks.device)
     try:
-        processes.init_process_group(_transport(), timeout=TIMEOUT)
+        store, rank, world = next(rendezvous("env://", ranks.rank, ranks.world, timeout=JOIN_TIMEOUT))
+        store.set_timeout(TIMEOUT)
+        store = processes.PrefixStore("ranks", store)  # type: ignore[attr-defined]  # public, and not declared so
+        processes.init_process_group(_transport(), store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         remedy = "set MASTER_ADDR and MASTER_PORT to a free port that all ranks reach, or start them with torchrun"

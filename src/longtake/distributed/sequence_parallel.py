@@ -139,30 +139,21 @@ class _Exchanging(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
         for name in ("query", "key", "value"):
-            given[name] = _ToHeads.apply(given[name], self.sharing)
-        return _ToTokens.apply(func(**given), self.sharing)
+            given[name] = _Exchanged.apply(given[name], self.sharing.to_heads, self.sharing.to_tokens)
+        return _Exchanged.apply(func(**given), self.sharing.to_tokens, self.sharing.to_heads)
 
 
-class _ToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sharing: SequenceParallel) -> Tensor:
-        ctx.sharing = sharing
-        return sharing.to_heads(rows)
+class _Exchanged(torch.autograd.Function):
+    """An exchange, and the one that takes gradients back."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.sharing.to_tokens(gradient), None
-
-
-class _ToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sharing: SequenceParallel) -> Tensor:
-        ctx.sharing = sharing
-        return sharing.to_tokens(rows)
+    def forward(ctx: Any, rows: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.back = back
+        return there(rows)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.sharing.to_heads(gradient), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(gradient), None, None
 
 
 class _Gathered(torch.autograd.Function):

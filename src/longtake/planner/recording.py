@@ -30,7 +30,9 @@ from longtake.planner.step import forward_and_backward
 from longtake.training.batch import Batch
 
 
-def record(model: MetaModel, structure: MemoryStrategy, batch: Batch, accumulating: bool) -> Recording:
+def record(
+    model: MetaModel, structure: MemoryStrategy, batch: Batch, accumulating: bool, keep_casts: bool = True
+) -> Recording:
     """Forward and backward of one micro-batch; when `accumulating` gradients of an earlier one are there.
 
     Nothing is moved; the seams at which a strategy would move something are in the recording.
@@ -54,7 +56,7 @@ def record(model: MetaModel, structure: MemoryStrategy, batch: Batch, accumulati
         inputs, own = _sizes(batch_tensors(batch)), _frozen_sizes(model.transformer)
         held = Counter(weights=_total(own), block=_total(inputs))
         with ledger:
-            forward_and_backward(model, batch)
+            forward_and_backward(model, batch, keep_casts=keep_casts)
         after = len(log)
     segments = tuple(_segments(Fold(log[:before], model.blocks).entries(log[before:after]), model.blocks))
     outside = [

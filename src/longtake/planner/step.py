@@ -20,10 +20,12 @@ _AUTOCAST = torch.device("cpu")
 """Whose switch `planner.operators` reads as the planned device's."""
 
 
-def forward_and_backward(model: MetaModel, batch: Batch, between: Callable[[], None] = lambda: None) -> None:
+def forward_and_backward(
+    model: MetaModel, batch: Batch, between: Callable[[], None] = lambda: None, keep_casts: bool = True
+) -> None:
     """`training.trainer.Trainer._accumulate` for one micro-batch; `between` is called before the backward pass."""
     training = model.subject.training
-    with compute_in(model.transformer, model.spec, training.precision, _AUTOCAST):
+    with compute_in(model.transformer, model.spec, training.precision, _AUTOCAST, keep_casts):
         loss = summed_loss(model.transformer, model.spec, batch) / training.global_batch_size
         between()
         loss.backward()

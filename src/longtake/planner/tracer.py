@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cached_property
 
 from longtake.config.schema import MemoryStrategy, ParallelConfig
+from longtake.config.sharing import SHARDED
 from longtake.models.spec import ModelSpec
 from longtake.planner.allocator import CUBLAS_WORKSPACE_BYTES, replay
 from longtake.planner.composition import Composed, compose
@@ -86,7 +87,8 @@ class Tracer:
         if gpus == 1:
             return self.composed(strategy, load)
         # the buckets in which DDP reduces gradients are there from the start
-        own = replace(load, accumulating=load.accumulating or parallel.strategy == "ddp")
+        keep_casts = self.frozen or parallel.strategy not in SHARDED
+        own = replace(load, accumulating=load.accumulating or parallel.strategy == "ddp", keep_casts=keep_casts)
         sizes = sizes_of(self.few, self.update(strategy))
         itemsize = DTYPES[self.subject.training.precision].itemsize
         exchange = exchange_of(self.spec, load.bucket, load.clips, load.sp, itemsize) if load.sp > 1 else None
@@ -99,7 +101,7 @@ class Tracer:
             model = self.few if strategy.checkpoint_every == 1 else self.whole
             with _without_collection():
                 batch = meta_batch(self.spec, load.bucket, load.clips, sp=load.sp)
-                self.recordings[key] = record(model, key[0], batch, load.accumulating)
+                self.recordings[key] = record(model, key[0], batch, load.accumulating, load.keep_casts)
         return self.recordings[key]
 
     def update(self, strategy: MemoryStrategy) -> Update:

@@ -39,8 +39,8 @@ STAGES: Mapping[Stage, str] = {
 """Each stage in words, in the order of a run."""
 MOST_BUDGET = 4
 """A budget that is so many times a plan's peak is left out of pictures, in which the bytes would be too low to read."""
-RENDEZVOUS = "--max_restarts 3 --rdzv_id JOB --rdzv_backend c10d --rdzv_endpoint HOST0:29500"
-"""How ranks of several machines find each other: `JOB` is any name, `HOST0` one of the machines."""
+RENDEZVOUS = "--max-restarts 3 --rdzv-id my-run --rdzv-backend c10d --rdzv-endpoint host0:29500"
+"""How ranks of several machines find each other: `my-run` is any name, `host0` one of the machines."""
 SEPARATE_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
 """Else ranks that are started again after a failure often do not find each other."""
 _FACTORS = {"MiB": 2.0**20, "GiB": 2.0**30}
@@ -163,7 +163,7 @@ def training_command(file: str, gpus: int) -> str:
     if gpus <= MACHINE_GPUS:
         return f"{prepare}longtake train {file}{f' --gpus {gpus}' if gpus > 1 else ''}"
     machines = next(count for count in range(2, gpus + 1) if gpus % count == 0 and gpus // count <= MACHINE_GPUS)
-    each = f"--nnodes {machines} --nproc_per_node {gpus // machines} {RENDEZVOUS}"
+    each = f"--nnodes {machines} --nproc-per-node {gpus // machines} {RENDEZVOUS}"
     return f"{prepare}{SEPARATE_STORE} torchrun {each} -m longtake train {file}"
 
 

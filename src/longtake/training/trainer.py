@@ -230,7 +230,7 @@ class Trainer:
             batch = collate(chosen, model.spec, training, parts.device)
             # LoRA's dropout draws from the global generator: give it a state that is a function of the visit
             torch.manual_seed(generator_for(f"dropout:{training.seed}:{chosen[0].visit.key}").initial_seed())
-            keep = parts.config.parallel.strategy not in SHARDED
+            keep = parts.config.lora is not None or parts.config.parallel.strategy not in SHARDED
             with compute_in(model.transformer, model.spec, training.precision, parts.device, keep):
                 loss = summed_loss(parts.backend.module, model.spec, batch) / training.global_batch_size
                 parts.backend.backward(loss)
