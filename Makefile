@@ -10,6 +10,9 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 # make test TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
 TORCH ?= torch==2.13.0
 
+# Processes that share the test files, each of which computes with one thread and takes up to a few GiB.
+WORKERS ?= 2
+
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -36,10 +39,10 @@ demo: $(INSTALLED)
 	$(BIN)/longtake demo --out demo
 
 test: check
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow and not long"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not long"
 
 check: $(INSTALLED)
 	$(BIN)/ruff check

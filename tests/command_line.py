@@ -1,6 +1,7 @@
 """The command line in this process: what it prints, and its exit status."""
 
 import io
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -82,6 +83,14 @@ def small_run(root: Path, source: Path, folder: Path) -> Table:
         "training": {"steps": 2, "global_batch_size": 1, "precision": "fp32", "warmup_steps": 0},
         "output": {"run": str(folder / "run"), "save_every": 1},
     }
+
+
+def ranks_started(text: str) -> int:
+    """How many ranks the command in a recipe's header starts."""
+    if found := re.search(r"longtake train run\.toml --gpus (\d+)", text):
+        return int(found[1])
+    machines = re.search(r"torchrun --nnodes (\d+) --nproc-per-node (\d+) ", text)
+    return int(machines[1]) * int(machines[2]) if machines else 1
 
 
 @contextmanager

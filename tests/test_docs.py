@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import typer
 
+from command_line import ranks_started
 from longtake.cli import app
 from longtake.config.conflicts import conflicts
 from longtake.config.load import load_config
@@ -168,8 +169,8 @@ def test_shell_blocks_start_with_known_tools(path: Path) -> None:
 
 @named(RECIPES)
 def test_every_recipe_can_run_and_says_how_on_what_and_what_was_measured(path: Path) -> None:
-    assert not [*conflicts(load_config(path))]
     header = path.read_text(encoding="utf-8").split("\n\n")[0]
+    assert not [*conflicts(load_config(path), ranks_started(header))]
     assert f"cp recipes/{path.name} run.toml" in header
     assert "longtake prepare run.toml" in header
     assert "longtake train run.toml" in header

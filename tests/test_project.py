@@ -15,6 +15,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 from checked_types import CheckedLoader
+from command_line import ranks_started
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
@@ -141,7 +142,8 @@ def test_every_recipe_is_a_valid_config(path: Path) -> None:
     from longtake.config.conflicts import conflicts
     from longtake.config.schema import RunConfig
 
-    assert not [*conflicts(RunConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))))]
+    text = path.read_text(encoding="utf-8")
+    assert not [*conflicts(RunConfig.model_validate(tomllib.loads(text)), ranks_started(text))]
 
 
 def test_tests_check_the_shapes_of_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,11 +115,13 @@ def test_zero_2_shares_out_gradients_and_sums_them_up_in_each_micro_batch() -> N
     assert copies(composed.update) == [3 * MIB // 4]
 
 
-def test_zero_2_has_gradients_of_two_micro_batches_while_it_adds_them_up() -> None:
+def test_gradients_of_a_part_are_there_beside_those_of_earlier_micro_batches() -> None:
     alone = step()
     items = tuple(replace(item, held=held(gradients=MIB)) for item in alone.micro_batch if isinstance(item, Compute))
-    composed = distribute(replace(alone, micro_batch=items), ParallelConfig(strategy="deepspeed_stage_2"), 4, SIZES)
-    assert [kinds_at(composed, label)["gradients"] for label in ("forward 1", "backward 1")] == [KEPT, 2 * KEPT]
+    for stage, expected in ((2, [KEPT, 2 * KEPT]), (1, [MIB, MIB + KEPT])):
+        parallel = ParallelConfig.model_validate({"strategy": f"deepspeed_stage_{stage}"})
+        composed = distribute(replace(alone, micro_batch=items), parallel, 4, SIZES)
+        assert [kinds_at(composed, label)["gradients"] for label in ("forward 1", "backward 1")] == expected
 
 
 def test_fsdp2_has_shards_two_gathered_blocks_and_one_block_of_gradients() -> None:

@@ -125,7 +125,7 @@ def test_whole_clips_are_there_in_the_batch_and_before_and_after_the_blocks(
     }
     batch = sum(its.nbytes - mine.nbytes for its, mine in zip(batch_tensors(whole), batch_tensors(own), strict=True))
     given = sum(missing[key] for key in inputs)
-    embedded = 2 * 4 * 60 * spec.heads * spec.head_dim * 2  # clips, other ranks, tokens, heads, head_dim, bytes
+    embedded = 4 * exchange_of(spec, BUCKET, 2, 5).unit  # by the other ranks
     found = more(name, {}, "block", lora)
     assert found["forward 1"] == batch + given
     assert found["prologue"] == batch + given + embedded

@@ -207,7 +207,7 @@ def _meet(ranks: Ranks) -> None:
         reason = " ".join(str(error).split())[:200]
         remedy = "set MASTER_ADDR and MASTER_PORT to a free port that all ranks reach, or start them with torchrun"
         raise ConfigError(
-            Problem(f"rank {ranks.rank} of {ranks.world} cannot meet the others ({reason})", where, remedy)
+            Problem(f"cannot meet the other ranks, {ranks.world} in all ({reason})", where, remedy)
         ) from error
     assert (processes.get_rank(), processes.get_world_size()) == (ranks.rank, ranks.world)
 
