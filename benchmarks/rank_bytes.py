@@ -34,16 +34,16 @@ from longtake.distributed.ranks import ALONE, Ranks, joined
 from longtake.distributed.sequence_parallel import sequence_parallel
 from longtake.memory.strategy import AmongRanks, apply
 from longtake.planner.ledger import Ledger
-from longtake.planner.meta_model import batch_tensors
 from longtake.planner.rank_items import rounded
 from longtake.planner.recording import label_gradients
-from longtake.training.batch import summed_loss
+from longtake.training.batch import Batch, summed_loss
 from longtake.training.optimizer import build_optimizer, trained_parameters
 from longtake.training.precision import compute_in
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
 STEPS = 3
 """The last of them is measured: states are there, and DeepSpeed gathers in the order of the first."""
+HELD = ("parameters", "gradients", "optimizer", "gathered")
 Bytes = dict[str, int]
 
 
@@ -55,13 +55,14 @@ class Training:
     transformer: Any
     parameters: dict[str, nn.Parameter]
     backend: Backend
+    batch: Batch
 
     def forward_and_backward(self) -> None:
         """The only micro-batch of a step."""
         subject = self.each.case.subject
         self.backend.begin(True)
         with compute_in(self.transformer, subject.spec, subject.training.precision, CPU):
-            self.backend.backward(summed_loss(self.backend.module, subject.spec, batch_of(self.each.case)))
+            self.backend.backward(summed_loss(self.backend.module, subject.spec, self.batch))
 
 
 @contextmanager
@@ -80,9 +81,8 @@ def training(each: RankCase, ranks: Ranks) -> Iterator[Training]:
         among = AmongRanks(sharing, parallel.strategy in SHARDED)
         stack.enter_context(apply(transformer, spec, case.memory, scratch, among=among))
         optimizer_of = lambda trained: build_optimizer(trained, case.subject.training)  # noqa: E731
-        yield Training(
-            each, transformer, parameters, engage(transformer, parameters, optimizer_of, parallel, ranks, False)
-        )
+        backend = engage(transformer, parameters, optimizer_of, parallel, ranks, fp16=False)
+        yield Training(each, transformer, parameters, backend, batch_of(case))
 
 
 def held_bytes(each: RankCase, ranks: Ranks) -> Bytes:
@@ -110,8 +110,7 @@ def activation_bytes(each: RankCase, ranks: Ranks) -> Bytes:
         ledger.hold("weights", [*given.transformer.parameters(), *given.transformer.buffers()])
         with ledger:
             given.forward_and_backward()
-    batch = storages(batch_tensors(batch_of(each.case)))  # made inside, where the ledger sees it
-    return {"activations": ledger.peak["block"] - batch}
+    return {"activations": ledger.peak["block"]}
 
 
 def storages(tensors: Iterable[Tensor]) -> int:
@@ -210,14 +209,20 @@ def of_case(each: RankCase, ranks: Ranks) -> Bytes:
 
 
 def rows(found: Mapping[str, list[Bytes]]) -> Iterator[str]:
-    """The table's, with what the rank has that has most."""
-    yield "| case | | planned, MiB | measured, MiB | measured / planned |"
-    yield "|---|---|--:|--:|--:|"
-    for name, ranks in found.items():
-        plan = planned(CASES[name])
-        for kind, nbytes in plan.items():
-            most = max(each[kind] for each in ranks)
-            yield f"| {name} | {kind} | {nbytes / 2**20:.2f} | {most / 2**20:.2f} | {most / nbytes:.4f} |"
+    """The tables: of what is held, of activations; `measured` is what the rank has that has most."""
+    plans = {name: planned(CASES[name]) for name in found}
+    for kinds in (HELD, ("activations",)):
+        yield f"| MiB, planned / measured | {' | '.join(kinds)} | furthest from 1 |"
+        yield f"|---|{'--:|' * (len(kinds) + 1)}"
+        for name, ranks in found.items():
+            plan = plans[name]
+            most = {kind: max(each[kind] for each in ranks) for kind in plan}
+            if not plan.keys() <= set(kinds):
+                continue
+            cells = [f"{plan[kind] / 2**20:.2f} / {most[kind] / 2**20:.2f}" if kind in plan else "" for kind in kinds]
+            furthest = max((most[kind] / plan[kind] for kind in plan), key=lambda ratio: abs(ratio - 1))
+            yield f"| {name} | {' | '.join(cells)} | {furthest:.4f} |"
+        yield ""
 
 
 def main() -> None:
@@ -231,7 +236,7 @@ def main() -> None:
         return
     for row in rows(measured(options.only)):
         print(row, flush=True)
-    print(f"\ntorch {torch.__version__}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
 
 
 if __name__ == "__main__":

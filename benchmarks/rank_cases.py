@@ -16,6 +16,7 @@ from longtake.planner.sizes import sizes_of
 from longtake.planner.tracer import Tracer
 from longtake.planner.update import record_update
 
+KEEP = "block_keep_attention"
 ACTIVATIONS = ("checkpoints", "block", "buffers", "workspace")
 
 
@@ -97,8 +98,16 @@ def _cases() -> dict[str, RankCase]:
         for sp in (1, 2):
             parallel = {"strategy": "ddp", "sp": sp} if sp > 1 else {"strategy": "single"}
             found[f"{name}, sp={sp}"] = RankCase(replace(_CLIP, strategy=memory), parallel, sp, activations=True)
-    uneven = replace(_CLIP, heads=3)
-    found["3 heads, sp=2"] = RankCase(uneven, {"strategy": "ddp", "sp": 2}, activations=True)
+    for name, fields, sp in (
+        ("3 heads, sp=2", {"heads": 3}, 2),
+        ("4 heads, sp=4", {"heads": 4}, 4),
+        ("i2v, sp=2", {"tiny": "tiny-i2v"}, 2),
+        ("ti2v, sp=2", {"tiny": "tiny-ti2v", "bucket": (41, 512, 512)}, 2),
+        ("full, sp=2", {"rank": 0}, 2),
+        ("attention kept, 16 slices, sp=2", {"strategy": {"slices": 16, "gradient_checkpointing": KEEP}}, 2),
+    ):
+        parallel = {"strategy": "ddp", "sp": sp}
+        found[name] = RankCase(replace(_CLIP, **fields), parallel, sp, activations=True)
     return found
 
 

@@ -1,10 +1,10 @@
 """Short trainings under an engine of several ranks, and how far each ends from the same training in one process.
 
 `distributed/engine_ranks.py` runs them, on tiny-i2v's trained weights. Engines differ in the order of sums alone, so
-one set of bounds holds for all. Plain SGD without clipping shows a gradient of the wrong size, which AdamW divides away;
-AdamW shows states and decay that go astray, and makes much of what is small: a value whose gradient is hardly more than
-its rounding error moves by up to the learning rate in a step, either way. So the rate is one that users have, and warms
-up; adapters begin with both halves filled, so that no parameter is without a gradient.
+one set of bounds holds for all. Plain SGD without clipping shows a gradient of the wrong size, which AdamW divides
+away; AdamW shows states and decay that go astray. It makes much of what is small, too: a value whose gradient is hardly
+more than its rounding error moves by up to the learning rate in a step, either way. So the rate is one that users have,
+and warms up; adapters begin with both halves filled, so that no parameter is without a gradient.
 """
 
 import json

@@ -13,7 +13,7 @@ import psutil
 
 MARK = "LONGTAKE_TEST_MARK"
 """The variable by which processes that a test has started are known, whoever started them in between."""
-DEADLINE_SECONDS = 120.0
+DEADLINE_SECONDS = 240.0
 
 
 @dataclass(frozen=True)

@@ -38,14 +38,16 @@ Said = Iterator[dict[str, Any]]
 
 
 def main() -> None:
-    """Tries everything; the arguments are the folders of the models."""
+    """Tries everything; the arguments are the folders of the models, of which three ranks share the last one alone."""
+    folders = [*map(Path, sys.argv[1:])]
     with joined() as ranks:
         for size in (2, 3):
             group = processes.new_group([*range(size)])
             sharing = SequenceParallel(group, size, ranks.rank, heads=5)
-            for said in (*exchanges(sharing), *models(sharing)) if ranks.rank < size else ():
-                if ranks.is_first:
-                    print(json.dumps({"ranks": size, **said}), flush=True)
+            if ranks.rank < size:
+                for said in (*exchanges(sharing), *models(sharing, folders if size == 2 else folders[-1:])):
+                    if ranks.is_first:
+                        print(json.dumps({"ranks": size, **said}), flush=True)
 
 
 def exchanges(sharing: SequenceParallel) -> Said:
@@ -67,9 +69,9 @@ def exchanges(sharing: SequenceParallel) -> Said:
         yield {"tried": f"{heads} heads, {tokens} tokens", "same": same.tolist()}
 
 
-def models(sharing: SequenceParallel) -> Said:
+def models(sharing: SequenceParallel, folders: list[Path]) -> Said:
     """How far a step of shared clips is from one of whole clips, relative to loss and gradients."""
-    for folder, lora in product(map(Path, sys.argv[1:]), (True, False)):
+    for folder, lora in product(folders, (True, False)):
         model, spec = load(folder, folder.name, LoraConfig(rank=2) if lora else None), variant(folder.name).spec
         plain = step(model, spec)
         for label, memory in STRATEGIES.items():
@@ -83,7 +85,7 @@ def models(sharing: SequenceParallel) -> Said:
             yield {
                 "tried": f"{folder.name}, {'LoRA' if lora else 'full'}, {label}",
                 "loss": max(relative(found, plain[0]) for found in (loss, quiet)),
-                "gradient": farthest(gradients, plain[1]),
+                "gradient": farthest(by_layer(gradients), by_layer(plain[1])),
             }
         left = step(model, spec)
         same = torch.equal(left[0], plain[0]) and all(torch.equal(left[1][key], plain[1][key]) for key in plain[1])
@@ -115,6 +117,15 @@ def batch(spec: ModelSpec) -> Batch:
         first_latents=latents[:, :, :1] if spec.task == "ti2v" else None,
     )
     return Batch(latents, noise, torch.tensor([0.3, 0.8]), torch.ones(2), conditioning)
+
+
+def by_layer(gradients: Gradients) -> Gradients:
+    """A layer's weight and bias in a row: a key's bias alone moves all scores of a query alike, and its gradient is a
+    sum that cancels but for rounding."""
+    layers: dict[str, list[Tensor]] = {}
+    for name, gradient in gradients.items():
+        layers.setdefault(name.rpartition(".")[0], []).append(gradient.flatten())
+    return {name: torch.cat(parts) for name, parts in layers.items()}
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

@@ -38,10 +38,10 @@ def where(tiny_root: Callable[[str], Path], tmp_path: Path) -> Scene:
 
 
 def config_of(where: Scene) -> RunConfig:
-    """Long enough to be met in the middle."""
+    """Long enough to be met in the middle; an engine that is named needs no plan."""
     run = where.source.parent / "run"
-    training = {"steps": STEPS, "global_batch_size": 2}
-    return where.config(run, training=training, data={"validation": 0}, output={"save_every": 2})
+    sections = {"training": {"steps": STEPS, "global_batch_size": 2}, "parallel": {"strategy": "ddp"}}
+    return where.config(run, **sections, data={"validation": 0}, output={"save_every": 2})
 
 
 @contextmanager
@@ -137,7 +137,9 @@ def test_a_signal_to_the_launcher_or_to_all_at_once_has_them_save_and_say_so_onc
             process.send_signal(signal.SIGTERM)
         second = saved_step(config, launcher)
     assert first < second < STEPS
-    succeed("train", Path(config.output.run).with_name("run.toml"), "--resume", "--set", f"training.steps={second + 1}")
+    changes = ("parallel.strategy=single", f"training.steps={second + 1}")
+    path = Path(config.output.run).with_name("run.toml")
+    succeed("train", path, "--resume", *(word for change in changes for word in ("--set", change)))
     assert [line["step"] for line in learnt(Path(config.output.run))] == [*range(1, second + 2)]
 
 

@@ -275,6 +275,7 @@ def test_eight_gpus_share_under_the_engine_of_the_flags(others_on_eight: dict[st
     assert not any("nobody to share with" in note for note in others_on_eight["notes"])
 
 
+@pytest.mark.long
 def test_what_auto_would_choose_is_told_where_it_is_faster() -> None:
     asked = (*SMALL, "--method", "full", "--gpu", "rtx-3090", "--gpus", 2, "--training-strategy", "ddp")
     report = as_json(*asked)
