@@ -37,7 +37,13 @@ def load(
     config = load_config(path, given)
     for override in given if say else ():
         print(f"{override.key} = {override.value!r}  ({override.flag})", file=sys.stderr)  # noqa: T201
-    check(config, ranks)
+    if ranks > 1 and config.parallel.strategy == "auto":  # checked whole when the planner has said how ranks share
+        from longtake.planner.candidates import open_conflicts
+
+        if found := [*open_conflicts(config, ranks)]:
+            raise ConfigError(found)
+    else:
+        check(config, ranks)
     return config
 
 
@@ -73,15 +79,17 @@ def _as_rank(asked: Asked, config: "RunConfig | None", ranks: "Ranks") -> Path:
     from longtake.models.libraries import quiet_libraries
 
     quiet_libraries()
-    from longtake.distributed.ranks import restarted
+    from longtake.distributed.start_checks import check_same
     from longtake.planner.request import needs_plan, planned_run
     from longtake.progress import Reporter
     from longtake.training.run import train as train_run
+    from longtake.training.run_folder import goes_on
 
+    check_same(ranks, config)  # a plan is the first rank's, with its config
     reporter = Reporter(quiet=not ranks.is_first)
     if ranks.is_first and (unused := _idle(ranks.local_world)):
         reporter.line(unused)
-    resume = asked.resume or ranks.any(restarted())
+    resume = asked.resume or goes_on(Path(config.output.run), ranks)
     planned = None
     if needs_plan(config, world):
         asked_for = config

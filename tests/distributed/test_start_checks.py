@@ -89,11 +89,23 @@ def test_ranks_are_those_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
         ranks_of_environment()
 
 
-def test_a_process_that_a_launcher_started_again_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+@pytest.mark.parametrize(
+    ("variables", "begun_by", "again"),
+    [
+        ({}, "", False),
+        ({"TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_RUN_ID": "job"}, "job", True),  # a machine has come
+        ({"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_RUN_ID": "job"}, "job", True),
+        ({"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_RUN_ID": "job"}, "another", False),  # refused before
+        ({"TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_RUN_ID": "none"}, "", False),
+        ({"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_RUN_ID": "none"}, "", True),
+        ({"SLURM_RESTART_COUNT": "1", "TORCHELASTIC_RUN_ID": "job"}, "another", True),
+    ],
+)
+def test_a_process_that_a_launcher_started_again_for_its_own_run_knows_it(
+    variables: dict[str, str], begun_by: str, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
-    assert not restarted()
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert not restarted()
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert restarted()
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert restarted(begun_by) is again

@@ -6,25 +6,27 @@ from typing import Any
 import tomlkit
 from pydantic import BaseModel
 
-from longtake.config.schema import MemoryStrategy, RunConfig
+from longtake.config.schema import MemoryStrategy, ParallelConfig, RunConfig
 
 
 def to_toml(config: RunConfig, comments: bool = False) -> str:
     """`config` as TOML text that loads to the same config.
 
-    With `comments` the keys of [memory] that have their defaults are comments too: they are left to the planner.
+    With `comments` the keys of [memory] and [parallel] that have their defaults are comments too: they are left to the
+    planner.
     """
     sections = []
     for name in RunConfig.model_fields:
         section = getattr(config, name)
         if section is not None:
             keys = _keys(section, comments)
-            sections.append("\n".join([f"[{name}]", *(_left_open(keys) if comments and name == "memory" else keys)]))
+            planned = comments and isinstance(section, MemoryStrategy | ParallelConfig)
+            sections.append("\n".join([f"[{name}]", *(_left_open(keys, type(section)()) if planned else keys)]))
     return "\n\n".join(sections) + "\n"
 
 
-def _left_open(lines: list[str]) -> list[str]:
-    usual = _keys(MemoryStrategy(), comments=False)
+def _left_open(lines: list[str], defaults: BaseModel) -> list[str]:
+    usual = _keys(defaults, comments=False)
     return [f"# {line}" if line in usual and not line.startswith("budget") else line for line in lines]
 
 

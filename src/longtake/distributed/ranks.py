@@ -132,10 +132,26 @@ def ranks_of_environment() -> Ranks:
     return ranks
 
 
-def restarted() -> bool:
-    """Whether a launcher has started this process again after a failure, and not the user for the first time."""
-    counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    return any(count.isdigit() and int(count) > 0 for count in counts)
+def job() -> str:
+    """What torchrun calls its job, the same for all that it starts again; empty where it was given no name."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return "" if name == "none" else name
+
+
+def restarted(begun_by: str) -> bool:
+    """Whether a launcher has started this process again, and not the user for the first time, for a run of that job.
+
+    Torchrun's count alone would not do: it starts ranks again that were refused, for which there was another run in
+    their folder, and does not count where it does so because a machine has come.
+    """
+    if _is_positive("SLURM_RESTART_COUNT"):
+        return True
+    return job() == begun_by if job() else _is_positive("TORCHELASTIC_RESTART_COUNT")
+
+
+def _is_positive(name: str) -> bool:
+    count = os.environ.get(name, "0")
+    return count.isdigit() and int(count) > 0
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
 
-from longtake.config.schema import ParallelConfig
+from longtake.config.load import flatten
+from longtake.config.schema import ParallelConfig, RunConfig
 from longtake.distributed.backend import Backend
 from longtake.distributed.ranks import Ranks
 from longtake.errors import ConfigError, Problem, agreed
@@ -27,6 +28,12 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "none"
     return found
+
+
+def check_same(ranks: Ranks, config: RunConfig) -> None:
+    """Raises ConfigError on every rank where a library or a key of `config` is not the first rank's on each."""
+    told = {key: str(value) for key, value in flatten(config.model_dump())}
+    check_equal(ranks, {**versions(), **told}, "give all ranks the same")
 
 
 def check_equal(ranks: Ranks, own: Mapping[str, str], remedy: str) -> None:

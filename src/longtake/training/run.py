@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from longtake.config.conflicts import check
-from longtake.config.load import flatten
 from longtake.config.schema import RunConfig
 from longtake.config.sharing import SHARDED, sharing_conflicts
 from longtake.data.buckets import stage_frames
@@ -18,9 +17,9 @@ from longtake.data.loader import BucketSampler, EntryReader
 from longtake.data.split import split
 from longtake.distributed.backend import Backend
 from longtake.distributed.engines import chosen, engage, require, sequence_parallel_of
-from longtake.distributed.ranks import ALONE, Ranks, restarted
+from longtake.distributed.ranks import ALONE, Ranks
 from longtake.distributed.sequence_parallel import sequence_parallel
-from longtake.distributed.start_checks import check_engine, check_equal, check_shared, versions
+from longtake.distributed.start_checks import check_engine, check_equal, check_same, check_shared
 from longtake.errors import ConfigError, Problem
 from longtake.files import write_json
 from longtake.memory.accounting import Workload
@@ -42,7 +41,7 @@ from longtake.training.outputs import write_outputs
 from longtake.training.planned import FILE as PLAN
 from longtake.training.planned import Forecast, Planned
 from longtake.training.precision import DTYPES
-from longtake.training.run_folder import CONFIG, check_run, open_run, record_config
+from longtake.training.run_folder import check_run, goes_on, open_run, record_config
 from longtake.training.trainer import Parts, Trainer
 from longtake.training.validation import Validation
 
@@ -81,11 +80,10 @@ def train(
     """
     assert planned is None or planned.under(config.memory) is planned.strategies[0]
     asked, config = config, config.model_copy(update={"parallel": chosen(config.parallel, ranks)})
-    told = {key: str(value) for key, value in flatten(config.model_dump())}
-    check_equal(ranks, {**versions(), **told}, "give all ranks the same")
+    check_same(ranks, config)
     ranks.each(lambda: check(config, ranks.world))
     ranks.each(lambda: require(config.parallel))
-    resume = resume or (ranks.any(restarted()) and ranks.first((Path(config.output.run) / CONFIG).is_file))
+    resume = resume or goes_on(Path(config.output.run), ranks)
     ranks.first(lambda: check_run(config, resume, lambda _text: None))  # before anything slow; said when it is opened
     expand_segments(ranks.device)
     found = _find(config, reporter, ranks)

@@ -1,4 +1,4 @@
-"""The folder of a run: made once, continued only when asked, used by one process at a time."""
+"""The folder of a run: made once, continued only when asked or restarted, used by one process at a time."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -9,11 +9,14 @@ from longtake import files
 from longtake.config.dump import to_toml
 from longtake.config.load import changed_keys, load_config
 from longtake.config.schema import RunConfig
+from longtake.distributed.ranks import Ranks, job, restarted
 from longtake.errors import ConfigError, Problem
 from longtake.training.checkpoint import FOLDER as CHECKPOINTS
 
 CONFIG = "config.toml"
 LOCK = ".lock"
+JOB = ".job"
+"""Torchrun's name of the job that began or continued the run."""
 FREE_TO_CHANGE = (
     "output.",
     "validation.",
@@ -58,14 +61,30 @@ def open_run(config: RunConfig, resume: bool, say: Callable[[str], None]) -> Ite
         yield run
 
 
+def goes_on(run: Path, ranks: Ranks) -> bool:
+    """Whether a launcher has started `ranks` again to continue what they had begun in `run`."""
+    begun_by = ranks.first(lambda: _begun_by(run))
+    return begun_by is not None and ranks.any(restarted(begun_by))
+
+
 def record_config(config: RunConfig, run: Path) -> None:
     """Writes the resolved config; from then on the run has begun and is continued only with `resume`."""
+    files.write_text(run / JOB, job())
     files.write_text(run / CONFIG, to_toml(config))
+
+
+def _begun_by(run: Path) -> str | None:
+    """The job's name, which may be empty; None where no run has begun."""
+    if not (run / CONFIG).is_file():
+        return None
+    path = run / JOB
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def _holds_something(run: Path) -> bool:
     """Whether anything is in the folder but what a process killed before it began leaves there."""
-    return run.exists() and any(path.name != LOCK and files.STAGED not in path.name for path in run.iterdir())
+    left = (LOCK, JOB)
+    return run.exists() and any(path.name not in left and files.STAGED not in path.name for path in run.iterdir())
 
 
 def _compare(before: RunConfig, after: RunConfig, say: Callable[[str], None]) -> None:
