@@ -24,8 +24,7 @@ def main() -> None:
                 train(load_config(Path(config)), bool(int(resume)), reporter, None, ranks)
                 ended = "done"
             except RunError as error:
-                assert error.agreed
-                ended = str(error)
+                ended = str(error) if error.agreed else "not by all ranks together"
             if ranks.is_first:
                 print(f"{Path(config).parent.name}: {ended}", flush=True)
 
