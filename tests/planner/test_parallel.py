@@ -71,10 +71,20 @@ def copies(items: tuple[Item, ...], queue: str = "network", label: str = "") -> 
     return [each.nbytes for each in items if isinstance(each, Copy) and each.queue == queue and label in each.label]
 
 
-def test_on_one_gpu_nothing_changes() -> None:
+def test_without_an_engine_nothing_changes() -> None:
     composed = step()
-    for strategy in ("single", *ENGINES):
-        assert distribute(composed, ParallelConfig(strategy=strategy), 1, SIZES) is composed
+    assert distribute(composed, ParallelConfig(strategy="single"), 1, SIZES) is composed
+
+
+def test_an_engine_on_one_gpu_has_its_buffers_and_what_it_keeps_in_host_memory() -> None:
+    alone = {name: distribute(step(), ParallelConfig(strategy=name), 1, SIZES) for name in ENGINES}
+    for composed in alone.values():
+        assert composed.peak_bytes >= step().peak_bytes
+        assert sum(copies(composed.micro_batch) + copies(composed.update)) == 0
+    offload = ParallelConfig(strategy="deepspeed_stage_3", offload="parameters")
+    away = distribute(step(), offload, 1, SIZES)
+    assert away.host_bytes > SIZES.frozen
+    assert away.peak_bytes < alone["deepspeed_stage_3"].peak_bytes
 
 
 def test_ddp_holds_its_buckets_always_and_sums_gradients_up_beside_backward() -> None:
@@ -180,7 +190,7 @@ def test_zero_3_gathers_two_blocks_ahead_and_the_weight_that_is_too_much() -> No
 def test_offload_moves_states_and_then_all_shards_to_the_host() -> None:
     optimizer, parameters = (ranked("deepspeed_stage_3", offload=name) for name in ("optimizer", "parameters"))
     assert kinds_at(optimizer, "backward 1")["optimizer"] == kinds_at(optimizer, "update")["gradients"] == 0
-    assert optimizer.host_bytes == MIB // 2 + 2 * MIB // 4
+    assert optimizer.host_bytes == MIB // 2 + 3 * MIB // 4
     shards = zero3_shares(SIZES, 4)
     assert parameters.host_bytes == optimizer.host_bytes + shards.frozen + shards.trained
     assert kinds_at(parameters, "forward 1")["weights"] == shards.whole_frozen

@@ -30,13 +30,14 @@ _ENGINE_EVENTS = FIRST_EVENT + 500_000
 def distribute(
     composed: Composed, parallel: ParallelConfig, gpus: int, sizes: Sizes, exchange: Exchange | None = None
 ) -> Composed:
-    """The step of one of `gpus` ranks, of which `composed` is the step if it had no others; on one GPU it stays so.
+    """The step of one of `gpus` ranks, of which `composed` is the step if there were no engine.
 
     Under sequence parallelism `composed` is that of a batch of `meta_batch(..., sp=parallel.sp)`, and `exchange` says
     what ranks exchange. Under DDP it should be composed as accumulating, as the buckets are there from the start. The
     result's items are listed like those of `composed`, which may be repeated for each micro-batch.
     """
-    if gpus == 1:
+    if parallel.strategy in ("single", "auto"):
+        assert gpus == 1, f"{parallel.strategy} is no engine for {gpus} GPUs"
         return composed
     assert parallel.sp == (exchange.sp if exchange else 1), "the exchange of another degree"
     if exchange is not None and exchange.sp > 1:
@@ -54,8 +55,8 @@ def distribute(
             return fsdp2(composed, gpus, parallel.dp_replicate, sizes, rank)
         case "deepspeed_stage_3":
             return zero3(composed, parallel.offload, gpus, sizes, rank)
-        case "single" | "auto":
-            raise AssertionError(f"{parallel.strategy} is no engine for {gpus} GPUs")
+        case _:
+            raise AssertionError(f"no engine {parallel.strategy}")
 
 
 def engines(strategy: MemoryStrategy, gpus: int, method: Method, heads: int) -> tuple[ParallelConfig, ...]:

@@ -59,9 +59,9 @@ def zero(composed: Composed, stage: int, offload: bool, ranks: int, sizes: Sizes
     being the default). Gradients go over the network in fp32; `torch_autocast` would send those of linear layers in its
     own type, in half the time.
 
-    With `offload`, of stage 2, states, averages, a copy of the part, gradients and another copy of it to be sent back
-    are in host memory (`cpu_offload` there), and a gradient on its way has a buffer of the largest one's size on both
-    sides.
+    With `offload`, of stage 2, states, averages, a copy of the part, gradients, those of earlier micro-batches, and
+    another copy of the part to be sent back are in host memory (`cpu_offload` there), and a gradient on its way has a
+    buffer of the largest one's size on both sides.
     """
     part, trained = zero_partition(sizes, ranks), sizes.trained_bytes
     states, buckets = ceil((sizes.optimizer + sizes.averages) * part, trained), 3 * zero_bucket(sizes)
@@ -102,7 +102,7 @@ def zero(composed: Composed, stage: int, offload: bool, ranks: int, sizes: Sizes
         rank.update_in_host(part, part)
     rank.write(composed.update, held, divided_by=0 if offload else ranks)
     rank.wait(rank.copy("network", sent(ranks * part, ranks), (rank.reached(),), "updated weights"))
-    host = states + 3 * part + sizes.largest_gradient if offload else 0
+    host = states + 3 * part + kept * accumulates + sizes.largest_gradient if offload else 0
     return planned(composed, micro_batch, rank.taken(), host)
 
 

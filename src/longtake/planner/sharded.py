@@ -76,8 +76,9 @@ def zero3(composed: Composed, offload: Offload, ranks: int, sizes: Sizes, rank: 
     it is reduced from, and before that one by one. fp32 weights have no second copy: the engine lets what is updated
     share their memory.
 
-    `offload` to the host takes the states, the averages, the gradients and a copy of trained weights; "parameters" all
-    shards too, which are then copied in before they are gathered. What is always whole stays on the device.
+    `offload` to the host takes the states, the averages, a copy of trained weights and their gradients, twice: as they
+    came and as they are used. "parameters" takes all shards too, which are then copied in before they are gathered.
+    What is always whole stays on the device.
     """
     shares, bucket = zero3_shares(sizes, ranks), zero_bucket(sizes)
     states = _scaled(sizes.optimizer + sizes.averages, shares, sizes)
@@ -103,7 +104,7 @@ def zero3(composed: Composed, offload: Offload, ranks: int, sizes: Sizes, rank: 
     rank.write(composed.update, held, divided_by=ranks if offload == "none" else 0)
     if whole := shares.whole_frozen + shares.whole_trained:
         rank.wait(rank.copy("network", sent(whole, ranks), (rank.reached(),), "small weights"))
-    host = 0 if offload == "none" else states + 2 * shares.trained
+    host = 0 if offload == "none" else states + 3 * shares.trained
     if offload == "parameters":
         host += shares.frozen + shares.trained
     return planned(composed, micro_batch, rank.taken(), host)

@@ -84,7 +84,7 @@ class Tracer:
 
     def distributed(self, strategy: MemoryStrategy, load: Load, parallel: ParallelConfig, gpus: int) -> Composed:
         """The step of one of `gpus` ranks."""
-        if gpus == 1:
+        if parallel.strategy in ("single", "auto"):
             return self.composed(strategy, load)
         # the buckets in which DDP reduces gradients are there from the start
         keep_casts = self.frozen or parallel.strategy not in SHARDED
