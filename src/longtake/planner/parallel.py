@@ -2,7 +2,9 @@
 
 All of it is arithmetic over a composed step and the parameters' sizes, per rank; what waits in host memory or on disk
 is one rank's too. Weights, gradients and states are shared out among all ranks, those of sequence parallelism included,
-whose gradients are summed up as well. Not counted: the norm for clipping, a number from each rank, and latencies.
+whose gradients are summed up as well, or, with `dp_replicate`, among those of a replica. Not counted: the norm for
+clipping, a number from each rank, and latencies. Bytes are held to those of real ranks by
+`tests/distributed/test_rank_bytes.py`.
 """
 
 from __future__ import annotations
