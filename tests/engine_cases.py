@@ -72,16 +72,22 @@ class Case:
         """A name that no other case has."""
         return sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
+    @property
+    def engine(self) -> str:
+        """In words."""
+        settings = [f"{key} = {value}" for key, value in self.parallel.items() if key != "strategy"]
+        return ", ".join([self.parallel["strategy"], *settings])
+
     def __str__(self) -> str:
         told = [
-            *(f"{key} = {value}" for key, value in self.parallel.items() if key != "strategy"),
+            self.engine,
             "LoRA" if self.lora else "full",
             {"sgd": "SGD", "adamw": "AdamW"}[self.optimizer],
             self.precision,
             *(f"{key} = {value}" for key, value in self.memory.items() if value != "none"),
             *([f"gradients x {self.gradient_factor}"] if self.gradient_factor != 1 else []),
         ]
-        return f"{self.parallel['strategy']}, {', '.join(told)}"
+        return ", ".join(told)
 
     def config(self) -> RunConfig:
         """A run's, with data and output that nobody looks at."""
