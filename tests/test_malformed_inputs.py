@@ -104,7 +104,10 @@ def test_a_config_that_is_none(tmp_path: Path, command: str, content: bytes | No
         (["--lora_rnk", "4"], "longtake train: No such option: --lora_rnk"),
         (["--height", "-8"], "--height: must be greater than 0, not -8"),
         (["--use-gradient-checkpointing-offload", "--set", "memory.block_swap=2"], "2 buffers save nothing; use 0, or"),
-        (["--gpus", "2", "--training-strategy", "ddp"], "no multiple of 2 ranks x micro-batch 1; the nearest that work: 2"),
+        (
+            ["--gpus", "2", "--training-strategy", "ddp"],
+            "no multiple of 2 ranks x micro-batch 1; the nearest that work: 2",
+        ),
         (
             ["--set", "training.warmup_steps=2"],
             "the warm-up of 2 steps is as long as the run; at most 1",
