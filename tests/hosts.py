@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -63,3 +64,10 @@ def _ip(*arguments: str) -> None:
     ended = subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=30)
     if ended.returncode != 0:
         raise _Refused(f"ip {' '.join(arguments)}: {ended.stderr.strip()}")
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])

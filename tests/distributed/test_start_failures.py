@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
+from hosts import free_port
 from launched import launched
 from longtake.cli_train import Asked, train
 from longtake.config.dump import to_toml
 from longtake.config.flags import Flags
 from longtake.distributed import ranks
-from longtake.distributed.ranks import free_port, joined
+from longtake.distributed.ranks import joined
 from longtake.errors import ConfigError
 from longtake.training.run_folder import LOCK
 from runs import Scene, scene

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from hosts import Host, two_hosts
+from hosts import Host, free_port, two_hosts
 from launched import ENVIRONMENT
 from longtake.config.dump import to_toml
 from longtake.config.schema import RunConfig
-from longtake.distributed.ranks import free_port
 from longtake.progress import Reporter
 from longtake.training.checkpoint import checkpoint_path
 from longtake.training.run import train

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -198,19 +197,12 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
 
 
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 def _meet(ranks: Ranks) -> None:
     where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
     if torch.cuda.is_available():
         if ranks.local_rank >= torch.cuda.device_count():
             given = os.environ.get("CUDA_VISIBLE_DEVICES")
-            what = f"rank {ranks.rank} has no GPU: {torch.cuda.device_count()} are visible to {ranks.local_world} ranks"
+            what = f"there is no GPU for it: {torch.cuda.device_count()} are visible to {ranks.local_world} ranks"
             place = "CUDA_VISIBLE_DEVICES" + (f"={given}" if given is not None else "")
             raise ConfigError(Problem(what, place, "start as many ranks as there are GPUs"))
         torch.cuda.set_device(ranks.device)
