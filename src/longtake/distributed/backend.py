@@ -93,7 +93,7 @@ def clipped(parameters: Named, clip_norm: float, scale: LossScale) -> float:
     """The norm of the gradients, unscaled and clipped in place; the same on all ranks where their gradients are."""
     gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
     if scale.enabled:
-        torch._foreach_mul_(gradients, 1 / scale.value)
+        torch._foreach_mul_(gradients, scale.inverse)
     norm = get_total_norm(gradients)
     if clip_norm > 0:
         clip_grads_with_norm_([*parameters.values()], clip_norm, norm)

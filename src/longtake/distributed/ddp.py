@@ -35,7 +35,7 @@ class DataParallel:
         self.module = DistributedDataParallel(transformer, **options)
         self.parameters = dict(parameters)
         self.optimizer = optimizer_of(parameters)
-        self.scale = LossScale(fp16)
+        self.scale = LossScale(fp16, ranks.world)
         self.waits = waits
         self.ranks = ranks
 
@@ -45,7 +45,7 @@ class DataParallel:
 
     def backward(self, loss: Tensor) -> None:
         """DDP averages over the ranks what has to be summed up."""
-        (loss * (self.scale.value * self.ranks.world)).backward()
+        (loss * self.scale.value).backward()
 
     def clip(self, clip_norm: float) -> float:
         """As on one device: every rank has the whole gradient."""

@@ -54,9 +54,13 @@ class ZeRO:
         assert engine.dp_world_size == ranks.world
         self.module = engine
         self.zero = engine.optimizer
-        self.scale = LossScale(fp16)
+        self.scale = LossScale(fp16, ranks.world)
         self.ranks = ranks
         self.factor = 1.0
+        if parallel.offload == "none":
+            self._share_memory()
+        if self.stage == 3:
+            _tell_of_adapters(deepspeed, transformer)
 
     def begin(self, last: bool) -> None:
         """Stages 2 and 3 reduce gradients in every micro-batch, stage 1 in the last."""
@@ -64,12 +68,12 @@ class ZeRO:
 
     def backward(self, loss: Tensor) -> None:
         """DeepSpeed averages over the ranks what has to be summed up."""
-        self.module.backward(loss * (self.scale.value * self.ranks.world), scale_wrt_gas=False)
+        self.module.backward(loss * self.scale.value, scale_wrt_gas=False)
 
     def clip(self, clip_norm: float) -> float:
         """The norm is that of all parts; clipping itself is left to the step."""
-        norm = self._norm() / self.scale.value
-        self.factor = 1 / self.scale.value
+        norm = self._norm() * self.scale.inverse
+        self.factor = self.scale.inverse
         if 0 < clip_norm < norm + 1e-6:
             self.factor *= clip_norm / (norm + 1e-6)
         return norm
@@ -95,6 +99,21 @@ class ZeRO:
         yield held
         if write:
             self._follow()
+
+    def _share_memory(self) -> None:
+        """Lets what DeepSpeed updates be the weights' own memory, which is fp32 already, in place of a copy of it.
+
+        It means to for stage 3, but compares a device with its name (`_create_fp32_partitions`, stage3.py).
+        """
+        zero, rank = self.zero, self.ranks.rank
+        if self.stage == 3:
+            updated, weights = zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat
+        else:
+            updated = zero.single_partition_of_fp32_groups
+            weights = [parts[rank] for parts in zero.parallel_partitioned_bit16_groups]
+        for copy, own in zip(updated, weights, strict=True):
+            assert copy.dtype == own.dtype == torch.float32
+            copy.data = own.data
 
     def _norm(self) -> float:
         if self.stage < 3:
@@ -187,7 +206,12 @@ def settings(parallel: ParallelConfig, transformer: Any, parameters: Named) -> d
     if parallel.offload != "none":
         zero["offload_optimizer"] = host
     if stage == 3:
-        zero |= {"stage3_prefetch_bucket_size": _block_values(transformer), "stage3_max_reuse_distance": 1}
+        block = _block_values(transformer)
+        zero |= {"stage3_prefetch_bucket_size": block, "stage3_max_reuse_distance": 1}
+        # each layer gathers so much ahead of it: without a limit, 1e9 values are soon there
+        zero["stage3_max_live_parameters"] = 2 * block
+        # weights gathered together are copied out of one buffer, which stays until the last of them is used
+        zero["stage3_allgather_sequential"] = True
         zero["memory_efficient_linear"] = False  # it would replace torch's for good
         if parallel.offload == "parameters":
             zero["offload_param"] = host
@@ -219,6 +243,16 @@ def partition(module: nn.Module, prefix: str, parallel: ParallelConfig, ranks: R
     config = settings(parallel, module, dict(module.named_parameters()))
     place = "cpu" if parallel.offload == "parameters" else None
     zero.Init(module, config_dict_or_path=config, remote_device=place, mem_efficient_linear=False)
+
+
+def _tell_of_adapters(deepspeed: Any, transformer: nn.Module) -> None:
+    """Says that peft's layers look at a weight of a layer inside, for its type.
+
+    DeepSpeed finds out where the weight is not there then, and its order of gathering is no longer the recorded one.
+    """
+    for module in transformer.modules():
+        for adapter in getattr(module, "lora_A", {}).values():
+            deepspeed.zero.register_external_parameter(module, adapter.weight)
 
 
 def _on_meta(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:

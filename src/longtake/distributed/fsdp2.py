@@ -37,7 +37,7 @@ class FullyShardedData:
         self.module = transformer
         self.parameters = trained
         self.optimizer = optimizer_of(trained)
-        self.scale = LossScale(fp16)
+        self.scale = LossScale(fp16, ranks.world)
         self.ranks = ranks
 
     def begin(self, last: bool) -> None:
@@ -45,13 +45,13 @@ class FullyShardedData:
 
     def backward(self, loss: Tensor) -> None:
         """FSDP averages over the ranks what has to be summed up."""
-        (loss * (self.scale.value * self.ranks.world)).backward()
+        (loss * self.scale.value).backward()
 
     def clip(self, clip_norm: float) -> float:
         """The norm is that of all shards."""
         gradients = [_local(weight.grad) for weight in self.parameters.values() if weight.grad is not None]
         if self.scale.enabled:
-            torch._foreach_mul_(gradients, 1 / self.scale.value)
+            torch._foreach_mul_(gradients, self.scale.inverse)
         squares = [float(norm) ** 2 for norm in torch._foreach_norm(gradients)]
         own = sum(squares) / self._replicas()
         norm = self.ranks.summed(own)[0] ** 0.5

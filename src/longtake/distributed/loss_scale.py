@@ -8,10 +8,15 @@ from collections.abc import Mapping
 
 
 class LossScale:
-    """`value` is the factor; 1 where not `enabled`."""
+    """The factor of a loss where `enabled`, under an engine that averages gradients over `ranks` to sum them up.
 
-    def __init__(self, enabled: bool) -> None:
+    That sum is made up for by the loss, and in fp16 behind the reduction: values there are then those of one process,
+    and overflow when its do.
+    """
+
+    def __init__(self, enabled: bool, ranks: int = 1) -> None:
         self.enabled = enabled
+        self.ranks = ranks
         self._state = {
             "scale": 65536.0,
             "growth_factor": 2.0,
@@ -23,7 +28,12 @@ class LossScale:
     @property
     def value(self) -> float:
         """What the loss is multiplied by."""
-        return float(self._state["scale"]) if self.enabled else 1.0
+        return float(self._state["scale"]) if self.enabled else float(self.ranks)
+
+    @property
+    def inverse(self) -> float:
+        """What the reduced gradients are to be multiplied by."""
+        return self.ranks / float(self._state["scale"]) if self.enabled else 1.0
 
     def update(self, finite: bool) -> None:
         """After a step with a gradient that is `finite` or not; an overflow halves the factor."""

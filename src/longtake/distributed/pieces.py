@@ -44,6 +44,11 @@ def whole(name: str, tensor: Tensor, saved: bool = True) -> Piece:
     return Piece(name, tuple(tensor.shape), 0, flat(tensor), saved)
 
 
+def shape_of(parameter: Tensor) -> tuple[int, ...]:
+    """The whole parameter's shape, of which DeepSpeed's stage 3 leaves an empty row in its place."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def flat(tensor: Tensor) -> Tensor:
     """`tensor` in a row, in the same memory."""
     return tensor.detach().view(-1)

@@ -123,15 +123,15 @@ class _Call:
 
     def operands(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
         """Query, key and value as attention takes them, laid out for its kernels: [batch, tokens, heads, head_dim]."""
-        buffers: tuple[Tensor, ...] = ()
+        buffers: list[Tensor] = []
         for tokens in self.slices(hidden_states):
             parts = self.operands_of(hidden_states[:, tokens], self.cut.stages.cut(self.shared, tokens))
             if not buffers:
-                buffers = tuple(_for_all_tokens(part, hidden_states.shape[1]) for part in parts)
+                buffers = [_for_all_tokens(part, hidden_states.shape[1]) for part in parts]
             for buffer, part in zip(buffers, parts, strict=True):
                 buffer[:, :, tokens] = part
             del parts, part
-        return tuple(self.cut.to_heads(buffer) for buffer in buffers)
+        return _one_by_one(self.cut.to_heads, buffers)
 
     def operands_of(self, rows: Tensor, shared: Shared) -> tuple[Tensor, ...]:
         """Query, key and value of a slice, as attention is computed with them."""
@@ -187,8 +187,9 @@ class _Gradients:
         for heads in call.head_groups(attended):
             _through_attention(heads, of_attended, operands, attended, logsumexp)
         del attended, of_attended, logsumexp
-        gradients = tuple(call.cut.to_tokens(operand) for operand in operands)
+        of_operands = [*operands]
         del operands
+        gradients = _one_by_one(call.cut.to_tokens, of_operands)
         for tokens in call.slices(hidden_states):
             self._through_before(tokens, gradients)
 
@@ -251,6 +252,14 @@ class _Gradients:
                 shared_sum += part
         self.of_weights = [_sum(total, part) for total, part in zip(self.of_weights, found, strict=True)]
         return of_rows
+
+
+def _one_by_one(change: Callable[[Tensor], Tensor], tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """What `change` makes of `tensors`, which are taken out of their list so that each is freed before the next."""
+    changed = []
+    while tensors:
+        changed.append(change(tensors.pop(0)))
+    return tuple(changed)
 
 
 def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:

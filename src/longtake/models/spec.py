@@ -45,6 +45,9 @@ class TokenAxis(Protocol):
         It is given the output and a function from the number of all tokens to the slice that is wanted.
         """
 
+    def given(self) -> Mapping[str, Callable[[tuple[Any, ...], dict[str, Any], Callable[[int], slice]], Any]]:
+        """Modules that are given something for every token, each with the function that cuts a call's arguments."""
+
     def leaving(self) -> str:
         """The module whose output [batch, tokens, values] must be of all tokens again."""
 

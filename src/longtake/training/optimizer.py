@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from longtake.config.schema import MemoryStrategy, TrainingConfig
+from longtake.distributed.pieces import shape_of
 from longtake.memory.copies import Copies, copies_for
 from longtake.memory.optimizer_offload import OffloadedAdamW
 from longtake.memory.quantization import require_torchao
@@ -33,8 +34,8 @@ def build_optimizer(
     must be closed. Raises ConfigError where torchao, which has the 8-bit states, is missing, and RunError where the
     host refuses the memory.
     """
-    decayed = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
-    plain = [parameter for parameter in parameters.values() if parameter.ndim < 2]
+    decayed = [parameter for parameter in parameters.values() if len(shape_of(parameter)) >= 2]
+    plain = [parameter for parameter in parameters.values() if len(shape_of(parameter)) < 2]
     groups = [
         {"params": decayed, "weight_decay": training.weight_decay},
         {"params": plain, "weight_decay": 0.0},

@@ -13,7 +13,12 @@ Own: TypeAlias = Callable[[int], slice]
 
 def entries() -> dict[str, Callable[[Any, Own], Any]]:
     """Modules that give something for every token, and how it is cut."""
-    return {"rope": _tables, "patch_embedding": _patches, "condition_embedder": _conditions}
+    return {"rope": _tables, "patch_embedding": _patches}
+
+
+def given() -> dict[str, Callable[[tuple[Any, ...], dict[str, Any], Own], tuple[Any, dict[str, Any]]]]:
+    """Modules that are given something for every token, and how the arguments of their call are cut."""
+    return {"condition_embedder": _timesteps}
 
 
 def leaving() -> str:
@@ -28,13 +33,16 @@ def _patches(output: Tensor, own: Own) -> Tensor:
 
 
 def _tables(output: tuple[Tensor, ...], own: Own) -> tuple[Tensor, ...]:
-    """Rotary tables [1, tokens, 1, head_dim]."""
-    return tuple(table[:, own(table.shape[1])] for table in output)
+    """Rotary tables [1, tokens, 1, head_dim]; copied, since a view keeps those of all tokens until backward."""
+    return tuple(table[:, own(table.shape[1])].clone() for table in output)
 
 
-def _conditions(output: tuple[Any, ...], own: Own) -> tuple[Any, ...]:
-    """Time embedding and modulation, which have a token axis where the first frame is given; text and image stay."""
-    temb, modulation, *others = output
-    if temb.ndim == 3:
-        temb, modulation = (rows[:, own(rows.shape[1])] for rows in (temb, modulation))
-    return temb, modulation, *others
+def _timesteps(arguments: tuple[Any, ...], keywords: dict[str, Any], own: Own) -> tuple[Any, dict[str, Any]]:
+    """Timesteps [batch * tokens], where the first frame is given: embedded and modulated are then own tokens alone."""
+    timesteps, *others = arguments
+    tokens = keywords["timestep_seq_len"]
+    if tokens is None:
+        return arguments, keywords
+    part = own(tokens)
+    own_timesteps = timesteps.view(-1, tokens)[:, part].flatten()
+    return (own_timesteps, *others), keywords | {"timestep_seq_len": part.stop - part.start}
