@@ -55,13 +55,13 @@ ON_FOUR = [
 @pytest.fixture(scope="module")
 def on_two() -> list[Compared]:
     """One launch for all tests."""
-    return compared(2, [*ON_TWO, *WRONG], 280)
+    return compared(2, [*ON_TWO, *WRONG], 800)
 
 
 @pytest.fixture(scope="module")
 def on_four() -> list[Compared]:
     """Likewise."""
-    return compared(4, ON_FOUR, 280)
+    return compared(4, ON_FOUR, 800)
 
 
 def assert_agreement(found: Sequence[Compared]) -> None:
@@ -69,11 +69,13 @@ def assert_agreement(found: Sequence[Compared]) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_every_engine_on_two_ranks_trains_as_one_process(on_two: list[Compared]) -> None:
     assert_agreement(on_two[: len(ON_TWO)])
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_ranks_that_share_clips_beside_others_and_replicas_of_shards_train_as_one_process(
     on_four: list[Compared],
 ) -> None:
@@ -81,6 +83,7 @@ def test_ranks_that_share_clips_beside_others_and_replicas_of_shards_train_as_on
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_the_engine_in_force_is_the_one_that_was_asked_for_and_shares_out_what_it_should(
     on_two: list[Compared], on_four: list[Compared]
 ) -> None:
@@ -96,6 +99,7 @@ def test_the_engine_in_force_is_the_one_that_was_asked_for_and_shares_out_what_i
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_an_overflow_in_fp16_skips_the_same_steps_under_every_engine(on_two: list[Compared]) -> None:
     found = [each for each in on_two if each.case.precision == "fp16"]
     assert {each.case.parallel["strategy"] for each in found} == {"ddp", "deepspeed_stage_2"}
@@ -106,6 +110,7 @@ def test_an_overflow_in_fp16_skips_the_same_steps_under_every_engine(on_two: lis
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_gradient_of_the_wrong_size_is_noticed_under_sgd_and_nearly_missed_under_adamw(
     on_two: list[Compared],
 ) -> None:

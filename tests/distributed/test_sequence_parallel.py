@@ -17,12 +17,13 @@ Said = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def said(tiny_root: Callable[[str], Path]) -> Said:
     """What ranks found, in one launch for all tests."""
-    ended = launched(3, SCRIPT, *map(tiny_root, MODELS))
+    ended = launched(3, SCRIPT, *map(tiny_root, MODELS), seconds=600)
     assert ended.returncode == 0, ended.stderr[-8000:]
     return [json.loads(line) for line in ended.stdout.splitlines()]
 
 
 @pytest.mark.long
+@pytest.mark.timeout(700)
 def test_the_exchange_is_exact_and_its_own_inverse_where_tokens_and_heads_do_not_come_out_even(said: Said) -> None:
     found = [each for each in said if each["tried"].endswith("tokens")]
     assert [(each["ranks"], each["tried"]) for each in found] == [
@@ -35,6 +36,7 @@ def test_the_exchange_is_exact_and_its_own_inverse_where_tokens_and_heads_do_not
 
 
 @pytest.mark.long
+@pytest.mark.timeout(700)
 def test_loss_and_summed_gradients_are_those_of_one_process_for_every_model_under_every_strategy(said: Said) -> None:
     found = [each for each in said if "gradient" in each]
     assert [each["ranks"] for each in found] == [2] * len(MODELS) * 2 * 5 + [3] * 2 * 5
@@ -42,6 +44,7 @@ def test_loss_and_summed_gradients_are_those_of_one_process_for_every_model_unde
 
 
 @pytest.mark.long
+@pytest.mark.timeout(700)
 def test_a_model_is_left_as_it_was_to_the_bit(said: Said) -> None:
     found = [each for each in said if each["tried"].endswith("left again")]
     assert [each["same"] for each in found] == [True] * (len(MODELS) + 1) * 2
