@@ -134,7 +134,7 @@ def step(given: Training) -> None:
     """Forward, loss, backward, clipping, AdamW: `training.trainer.Trainer._step` for one micro-batch."""
     backend = SingleDevice(given.transformer, given.parameters, given.optimizer, fp16=False)
     backend.backward(summed_loss(given.transformer, given.spec, given.batch))
-    backend.clip(1.0)
+    nn.utils.clip_grad_norm_([*given.parameters.values()], 1.0)  # unread: tensors may have no values
     backend.step(skip=False)
 
 

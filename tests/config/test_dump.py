@@ -84,7 +84,7 @@ def test_comments_are_the_manual_of_each_key() -> None:
     plain = to_toml(RunConfig.model_validate(SMALLEST))
     assert "#" not in plain
     kept = [line for line in lines if not line.startswith("#")]
-    assert set(plain.splitlines()) - set(kept) == {line[2:] for line in lines if line[2:] in usual_memory()}
+    assert set(plain.splitlines()) - set(kept) == {line[2:] for line in lines if line[2:] in left_open()}
 
 
 def test_keys_of_memory_with_their_defaults_are_comments_and_so_left_to_the_planner() -> None:
@@ -97,11 +97,11 @@ def test_keys_of_memory_with_their_defaults_are_comments_and_so_left_to_the_plan
     assert loaded["memory"] == {"budget": "auto", "slices": 4}
 
 
-def usual_memory() -> set[str]:
-    """The lines of [memory] with its defaults, but the budget's."""
+def left_open() -> set[str]:
+    """The lines of [memory] and [parallel] with their defaults, but the budget's."""
     text = to_toml(RunConfig.model_validate(SMALLEST))
-    lines = text.partition("[memory]\n")[2].partition("\n\n")[0].splitlines()
-    return {line for line in lines if not line.startswith("budget")}
+    sections = [text.partition(f"[{name}]\n")[2].partition("\n\n")[0] for name in ("memory", "parallel")]
+    return {line for section in sections for line in section.splitlines() if not line.startswith("budget")}
 
 
 @pytest.mark.parametrize("section", RunConfig.model_fields)
