@@ -230,8 +230,10 @@ def test_a_process_that_no_launcher_started_has_nobody_to_tell_or_to_follow(monk
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.delenv("LONGTAKE_STATUS_FILE", raising=False)
     monkeypatch.setenv("LONGTAKE_LAUNCHER", "0")
+    before = sorted(Path.cwd().iterdir())
     leave_status(2)
     die_with_parent()
+    assert sorted(Path.cwd().iterdir()) == before
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ LAUNCHER = "LONGTAKE_LAUNCHER"
 """The variable with the process id of the launcher, which is the parent of the ranks."""
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 LEAVE_SECONDS = 24 * 3600
-"""For ranks that a signal asked to stop: they end their step and save, however long. A second one ends them at once."""
+"""For ranks that a signal asked to stop: they end their step and save, however long. A second one ends them at once,
+but for one that comes while the agent is still handing on the first: it is taken for the same."""
 RESUME = "continue with --resume from the last checkpoint"
 _SET_PARENT_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
