@@ -73,7 +73,7 @@ def test_a_run_over_two_hosts_goes_on_when_the_agent_of_one_was_killed_and_ends_
         lines = killed_and_started_again(launch, tmp_path / "shared")
 
     resumed = [int(line.rpartition(" ")[2]) for line in lines if line.startswith("resumed after step ")]
-    assert len(resumed) == 1, lines
+    assert len(resumed) == 1, "\n".join(lines)
     assert 4 <= resumed[0] < STEPS
     assert_alike(tmp_path / "shared", tmp_path / "whole")
 

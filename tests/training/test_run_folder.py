@@ -50,6 +50,7 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
 
 def test_a_run_that_never_began_may_begin(tmp_path: Path) -> None:
     with open_run(config(tmp_path), False, print):
+        (tmp_path / "scratch" / "activations-0123").mkdir(parents=True)  # its strategy was applied
         (tmp_path / f"{CONFIG}.staged-0123456789ab").touch()  # it was killed while it wrote its config
     begin(config(tmp_path))
     assert "add --resume" in refusal(config(tmp_path), resume=False)

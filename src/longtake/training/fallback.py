@@ -17,9 +17,9 @@ from longtake.memory.accounting import Workload, check, free_for, needs
 from longtake.memory.strategy import ALONE as NO_OTHERS
 from longtake.memory.strategy import AmongRanks, apply, ladder
 from longtake.training.model import TrainedModel
+from longtake.training.run_folder import SCRATCH
 
 Computed = TypeVar("Computed")
-SCRATCH = "scratch"
 
 
 class StrategyInForce:

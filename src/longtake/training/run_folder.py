@@ -15,6 +15,8 @@ from longtake.training.checkpoint import FOLDER as CHECKPOINTS
 
 CONFIG = "config.toml"
 LOCK = ".lock"
+SCRATCH = "scratch"
+"""Where a memory strategy keeps on disk what it moves there."""
 JOB = ".job"
 """Torchrun's name of the job that began or continued the run."""
 FREE_TO_CHANGE = (
@@ -83,7 +85,7 @@ def _begun_by(run: Path) -> str | None:
 
 def _holds_something(run: Path) -> bool:
     """Whether anything is in the folder but what a process killed before it began leaves there."""
-    left = (LOCK, JOB)
+    left = (LOCK, JOB, SCRATCH)
     return run.exists() and any(path.name not in left and files.STAGED not in path.name for path in run.iterdir())
 
 

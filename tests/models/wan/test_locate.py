@@ -12,7 +12,7 @@ from longtake.models.wan.variants import variant
 from longtake.models.wan.weights import ModelFiles, load_transformer, locate
 
 CPU = torch.device("cpu")
-NAMES = ("tiny-t2v", "tiny-i2v", "tiny-flf2v", "tiny-ti2v")
+NAMES = ("tiny-t2v", "tiny-i2v", "tiny-flf2v", "tiny-ti2v", "tiny-t2v-a14b", "tiny-i2v-a14b")
 every_variant = pytest.mark.parametrize("name", NAMES)
 
 

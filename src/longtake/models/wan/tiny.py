@@ -66,7 +66,7 @@ _CLASSES = {
     "text_encoder": ("transformers", "UMT5EncoderModel"),
     "tokenizer": ("transformers", "PreTrainedTokenizerFast"),
     "transformer": ("diffusers", "WanTransformer3DModel"),
-    "transformer_2": (None, None),
+    "transformer_2": ("diffusers", "WanTransformer3DModel"),
     "vae": ("diffusers", "AutoencoderKLWan"),
 }
 
@@ -112,8 +112,9 @@ def build_tiny(name: str, folder: Path, seed: int = 0) -> Path:
     _write_text_components(folder, chosen.shift, seed)
     if chosen.has_image_encoder:
         _write_image_components(folder, seed)
-    transformer = _seeded(lambda: WanTransformer3DModel(**chosen.transformer_config), "transformer", seed)
-    transformer.save_pretrained(folder / "transformer")
+    for component in chosen.spec.experts:
+        transformer = _seeded(lambda: WanTransformer3DModel(**chosen.transformer_config), component, seed)
+        transformer.save_pretrained(folder / component)
     _write_model_index(folder, chosen)
     return folder
 
@@ -155,7 +156,7 @@ def _tiny(name: str) -> WanVariant:
 
 def _components(chosen: WanVariant) -> tuple[str, ...]:
     images = IMAGE_COMPONENTS if chosen.has_image_encoder else ()
-    return ("vae", *TEXT_COMPONENTS, *images, "transformer")
+    return ("vae", *TEXT_COMPONENTS, *images, *chosen.spec.experts)
 
 
 def _seeded(make: Callable[[], Any], component: str, seed: int) -> Any:
@@ -194,7 +195,9 @@ def _write_model_index(folder: Path, chosen: WanVariant) -> None:
         "_diffusers_version": version("diffusers"),
         "boundary_ratio": chosen.spec.boundary_ratio,
         "expand_timesteps": chosen.spec.expand_timesteps,
-        **{name: list(_CLASSES[name]) for name in ("transformer_2", *_components(chosen))},
+        "transformer_2": [None, None],
+        **({name: [None, None] for name in IMAGE_COMPONENTS} if conditioned else {}),
+        **{name: list(_CLASSES[name]) for name in _components(chosen)},
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -210,7 +213,7 @@ def _content(weights: Path) -> str:
 
 
 def _source(weights: Path, chosen: WanVariant, component: str) -> Path:
-    return weights / chosen.name / component if component == "transformer" else weights / component
+    return weights / chosen.name / component if component in chosen.spec.experts else weights / component
 
 
 def _is_trained(weights: Path, chosen: WanVariant) -> bool:

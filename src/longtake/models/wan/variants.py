@@ -45,6 +45,7 @@ _WIDE = {"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824}
 _CLIP = {"image_dim": 1280, "added_kv_proj_dim": 5120}
 _I2V = {"in_channels": 36}
 _TINY = {"num_layers": 4, "num_attention_heads": 5, "attention_head_dim": 32, "ffn_dim": 640, "text_dim": 64}
+_FEWER = {"num_layers": 3}  # so that a file of one expert is not taken for a tiny-t2v
 _TINY_CLIP = {"image_dim": 64, "added_kv_proj_dim": 160}
 
 
@@ -209,6 +210,24 @@ _ALL = (
         "",
         ((160, 96), 17, 5.0),
         _TI2V,
+    ),
+    _variant(
+        "tiny-t2v-a14b",
+        "t2v",
+        _TINY | _FEWER,
+        (1_519_424, 413_600),
+        "",
+        _TINY_MADE_FOR,
+        {"experts": _TWO, "boundary_ratio": 0.875},
+    ),
+    _variant(
+        "tiny-i2v-a14b",
+        "i2v",
+        _TINY | _I2V | _FEWER,
+        (1_532_224, 413_600),
+        "",
+        _TINY_MADE_FOR,
+        {"experts": _TWO, "boundary_ratio": 0.9},
     ),
 )
 
