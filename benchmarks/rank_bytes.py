@@ -32,7 +32,7 @@ from longtake.distributed.backend import Backend
 from longtake.distributed.engines import engage, sequence_parallel_of, shared_out
 from longtake.distributed.ranks import ALONE, Ranks, joined
 from longtake.distributed.sequence_parallel import sequence_parallel
-from longtake.memory.strategy import AmongRanks, apply
+from longtake.memory.strategy import Among, apply
 from longtake.planner.ledger import Ledger
 from longtake.planner.rank_items import rounded
 from longtake.planner.recording import label_gradients
@@ -78,7 +78,7 @@ def training(each: RankCase, ranks: Ranks) -> Iterator[Training]:
         if sharing is not None:
             stack.enter_context(sequence_parallel(transformer, spec, sharing))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        among = AmongRanks(sharing, parallel.strategy in SHARDED)
+        among = Among(sharing, parallel.strategy in SHARDED)
         stack.enter_context(apply(transformer, spec, case.memory, scratch, among=among))
         optimizer_of = lambda trained: build_optimizer(trained, case.subject.training)  # noqa: E731
         backend = engage(transformer, parameters, optimizer_of, parallel, ranks, fp16=False)

@@ -22,7 +22,7 @@ from longtake.distributed.engines import engage, sequence_parallel_of
 from longtake.distributed.ranks import ALONE, Ranks, joined
 from longtake.distributed.sequence_parallel import sequence_parallel
 from longtake.distributed.start_checks import check_engine, group_size
-from longtake.memory.strategy import AmongRanks, apply
+from longtake.memory.strategy import Among, apply
 from longtake.models.libraries import quiet_libraries
 from longtake.training.batch import Batch, Sample, collate, summed_loss
 from longtake.training.flow_matching import draw, generator_for
@@ -126,7 +126,7 @@ def _engaged(case: Case, model: TrainedModel, ranks: Ranks) -> Iterator[Backend]
         sharing = sequence_parallel_of(config.parallel, ranks, spec.heads)
         if sharing is not None:
             held.enter_context(sequence_parallel(transformer, spec, sharing))
-        among = AmongRanks(sharing, config.parallel.strategy in SHARDED)
+        among = Among(sharing, config.parallel.strategy in SHARDED)
         held.enter_context(apply(transformer, spec, config.memory, scratch, model.weight_files, among=among))
         fp16 = case.precision == "fp16"
         backend = engage(transformer, model.parameters, optimizer_of, config.parallel, ranks, fp16)

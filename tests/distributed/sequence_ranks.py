@@ -18,7 +18,7 @@ from torch import Tensor
 from longtake.config.schema import LoraConfig, MemoryStrategy
 from longtake.distributed.ranks import joined
 from longtake.distributed.sequence_parallel import SequenceParallel, sequence_parallel
-from longtake.memory.strategy import AmongRanks, apply
+from longtake.memory.strategy import Among, apply
 from longtake.models.spec import ModelSpec
 from longtake.models.wan.conditioning import Conditioning
 from longtake.models.wan.variants import variant
@@ -76,7 +76,7 @@ def models(sharing: SequenceParallel, folders: list[Path]) -> Said:
         plain = step(model, spec)
         for label, memory in STRATEGIES.items():
             with TemporaryDirectory() as scratch, sequence_parallel(model, spec, sharing):
-                among, strategy = AmongRanks(sharing), MemoryStrategy(**memory)
+                among, strategy = Among(sharing), MemoryStrategy(**memory)
                 with apply(model, spec, strategy, Path(scratch), among=among):
                     loss, gradients = step(model, spec)
                     quiet = quiet_loss(model, spec)

@@ -180,7 +180,7 @@ def _final(name: str, parameter: Tensor, spec: ModelSpec, strategy: MemoryStrate
 
 def _lies_in_file(weight: Tensor, file: WeightFile | None) -> bool:
     """Whether a safetensors file has the bytes as they are computed with."""
-    return file is not None and len(inner_tensors(weight)) == 1 and file.dtype == weight.dtype
+    return file is not None and len(inner_tensors(weight)) == 1 and file.holds(weight.dtype)
 
 
 def _refusal(needed: Mapping[str, int], where: str, free: int, other: str) -> Problem:

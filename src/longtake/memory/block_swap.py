@@ -10,9 +10,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from longtake.memory.block_weights import Home, Layout, bring, finder, home_in_files, home_in_host, read_back
+from longtake.memory.block_weights import Slot, Waiting, bring, finder, slots_for
 from longtake.memory.copies import Copies
-from longtake.memory.host_buffers import Buffer, DiskTier, HostTier, allocate, copy, done, settle, use
+from longtake.memory.host_buffers import Buffer, copy, done, settle, use
 from longtake.models.weight_files import WeightFile
 
 
@@ -21,40 +21,24 @@ def swapped_blocks(count: int, number: int) -> tuple[int, ...]:
     return tuple(index * count // number for index in range(number))
 
 
+def resident_blocks(count: int, number: int) -> tuple[int, ...]:
+    """The others."""
+    return tuple(sorted(set(range(count)) - set(swapped_blocks(count, number))))
+
+
 @contextmanager
 def block_swap(
-    blocks: nn.ModuleList,
-    number: int,
-    every: int,
-    copies: Copies,
-    tier: HostTier | DiskTier,
-    files: tuple[str, Mapping[str, WeightFile]],
+    blocks: nn.ModuleList, number: int, every: int, waiting: Waiting, slots: list[Slot] | None = None
 ) -> Iterator["Ring"]:
     """Inside the context the frozen weights of `number` of the `blocks` are on the device only while they are used.
 
     Yields the ring; whoever calls the blocks calls `Ring.begin` first, at each pass. Backward recomputes segments of
-    `every` blocks, and the ring has one buffer more. `files` are the blocks' prefix (`blocks.`) and where the
-    parameters lie in safetensors files: a weight that is there in its final type is read from there. Afterwards the
-    weights are in host memory, or on `meta` where they came from there and stayed in their file. Raises RunError where
-    the host or the disk refuse.
+    `every` blocks, and the ring has one buffer more: `slots`, which may be shared with rings that are used in turns.
+    `waiting` says where the weights are meanwhile. Raises RunError where the host or the disk refuse.
     """
-    prefix, places = files
-    chosen = swapped_blocks(len(blocks), number)
-    layout = Layout(blocks[chosen[0]])
-    # where the trained parameters of a block are, the streamed ones are used
-    device = next(parameter.device for parameter in blocks.parameters() if parameter.requires_grad)
-    with finder(places) as find:
-        homes: dict[int, Home] = {}
-        valueless: dict[int, bool] = {}
-        for index in chosen:
-            block, own = blocks[index], find(f"{prefix}{index}.")
-            assert [weight.key for weight in Layout(block).weights] == [weight.key for weight in layout.weights]
-            valueless[index] = any(parameter.is_meta for parameter in layout.of(block))
-            if isinstance(tier, HostTier):
-                homes[index] = home_in_host(block, layout, own, tier)
-            else:
-                homes[index] = home_in_files(block, layout, own, tier, copies)
-        ring = Ring(copies, homes, [Slot(copies, layout, device) for _ in range(every + 1)], every)
+    chosen, copies = swapped_blocks(len(blocks), number), waiting.copies
+    with waiting.homes(blocks, chosen) as homes:
+        ring = Ring(copies, homes, slots or slots_for(blocks, every + 1, copies), every)
         hooks = [hook for index in chosen for hook in hooked(ring, index, blocks[index])]
         try:
             yield ring
@@ -62,9 +46,6 @@ def block_swap(
             for hook in hooks:
                 hook.remove()
             ring.close()
-            for index, home in homes.items():
-                if not isinstance(tier, HostTier) and not valueless[index]:
-                    read_back(home)
 
 
 def make_resident(
@@ -75,9 +56,8 @@ def make_resident(
     An earlier strategy may have left them in host memory or in their file.
     """
     prefix, places = files
-    staying = set(range(len(blocks))) - set(swapped_blocks(len(blocks), number))
     with finder(places) as find:
-        for index in sorted(staying):
+        for index in resident_blocks(len(blocks), number):
             bring(blocks[index], find(f"{prefix}{index}."), device)
 
 
@@ -115,16 +95,6 @@ def hooked(ring: Uses, index: int, block: nn.Module) -> list[Any]:
     return [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
 
 
-class Slot:
-    """A buffer of the ring and the parameters that lie in it, of whichever block it holds."""
-
-    def __init__(self, copies: Copies, layout: Layout, device: torch.device) -> None:
-        self.buffer = allocate(copies, layout.nbytes, device)
-        self.parameters = layout.over(use(copies, self.buffer))
-        self.holds: int | None = None
-        self.busy = False
-
-
 @runtime_checkable
 class Away(Protocol):
     """The weights of a block that are not on the device: where they wait, and what puts them into the block."""
@@ -150,6 +120,9 @@ class Ring:
         """A forward pass begins; with gradients a backward pass follows, then the next forward pass."""
         self.backward = False
         for slot in self.slots:
+            if isinstance(slot.owner, Ring) and slot.owner is not self:
+                slot.owner.rest()
+            slot.owner = self
             if slot.busy and slot.holds is not None:
                 self.release(slot.holds)  # the first block's input has no gradient that would say that it is done
         forward = sorted(self.homes)
@@ -187,11 +160,20 @@ class Ring:
         self.homes[index].put()
         self._fetch_ahead()
 
+    def rest(self) -> None:
+        """Its blocks are away, and another ring may have the buffers."""
+        for slot in self.slots:
+            if slot.owner is not self:
+                continue
+            if slot.busy and slot.holds is not None:
+                done(self.copies, slot.buffer)
+                self.homes[slot.holds].put()
+            slot.holds, slot.busy, slot.owner = None, False, None
+
     def close(self) -> None:
         """Waits for what is on its way."""
+        self.rest()
         for slot in self.slots:
-            if slot.busy and slot.holds is not None:
-                self.homes[slot.holds].put()
             settle(self.copies, slot.buffer)
 
     def _backward_order(self) -> Iterator[int]:

@@ -1,7 +1,7 @@
 """The frozen weights of a block as flat bytes: over a buffer of the device, and at home in host memory or in files."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,18 @@ from torch import Tensor, nn
 from longtake.memory.copies import Copies
 from longtake.memory.extents import Extent, read
 from longtake.memory.flattened import inner_tensors, rebuilt
-from longtake.memory.host_buffers import Buffer, DiskTier, HostTier, as_bytes, computed, copy, extents_of, settle, use
+from longtake.memory.host_buffers import (
+    Buffer,
+    DiskTier,
+    HostTier,
+    allocate,
+    as_bytes,
+    computed,
+    copy,
+    extents_of,
+    settle,
+    use,
+)
 from longtake.models.weight_files import WeightFile
 
 ALIGNMENT = 256
@@ -82,6 +93,67 @@ class Home:
         self.layout.put(self.block, self.away if parameters is None else parameters)
 
 
+class Slot:
+    """A buffer on the device for the weights of a block, and the parameters that lie in it, of whichever it holds.
+
+    Whoever fills it is its `owner`, who alone knows which block it `holds`.
+    """
+
+    def __init__(self, copies: Copies, layout: Layout, device: torch.device) -> None:
+        self.buffer = allocate(copies, layout.nbytes, device)
+        self.parameters = layout.over(use(copies, self.buffer))
+        self.holds: int | None = None
+        self.busy = False
+        self.owner: object = None
+
+
+def slots_for(blocks: nn.ModuleList, number: int, copies: Copies) -> list[Slot]:
+    """Buffers for `number` blocks like `blocks`, where their trained parameters are: there the others are used."""
+    device = next(parameter.device for parameter in blocks.parameters() if parameter.requires_grad)
+    layout = Layout(blocks[0])
+    return [Slot(copies, layout, device) for _ in range(number)]
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Where blocks' frozen weights wait: in `tier`, from which `copies` bring them to the device.
+
+    `prefix` is the blocks' (`blocks.`), and `files` tell where parameters lie in safetensors files: a weight that is
+    there in its final type is read from there.
+    """
+
+    copies: Copies
+    tier: HostTier | DiskTier
+    prefix: str
+    files: Mapping[str, WeightFile]
+
+    @contextmanager
+    def homes(self, blocks: nn.ModuleList, chosen: Iterable[int]) -> Iterator[dict[int, "Home"]]:
+        """Inside the context the weights of the `chosen` blocks are away; all blocks are laid out alike.
+
+        Afterwards they are in host memory, or on `meta` where they came from there and stayed in their file. Raises
+        RunError where the host or the disk refuse.
+        """
+        homes: dict[int, Home] = {}
+        valueless: set[int] = set()
+        with finder(self.files) as find:
+            for index in chosen:
+                block, layout, own = blocks[index], Layout(blocks[index]), find(f"{self.prefix}{index}.")
+                assert [weight.key for weight in layout.weights] == [weight.key for weight in Layout(blocks[0]).weights]
+                if any(parameter.is_meta for parameter in layout.of(block)):
+                    valueless.add(index)
+                if isinstance(self.tier, HostTier):
+                    homes[index] = home_in_host(block, layout, own, self.tier)
+                else:
+                    homes[index] = home_in_files(block, layout, own, self.tier, self.copies)
+            try:
+                yield homes
+            finally:
+                if not isinstance(self.tier, HostTier):
+                    for index in homes.keys() - valueless:
+                        read_back(homes[index])
+
+
 def home_in_host(block: nn.Module, layout: Layout, find: FindExtent, tier: HostTier) -> Home:
     """Moves a block's weights to host memory; those without values are read from their file."""
     buffer = tier.take(layout.nbytes)
@@ -139,7 +211,7 @@ def finder(files: Mapping[str, WeightFile]) -> Iterator[Callable[[str], FindExte
     def of(prefix: str) -> FindExtent:
         def find(name: str, tensor: Tensor) -> Extent | None:
             file = files.get(prefix + name)
-            if file is None or file.dtype != tensor.dtype or len(inner_tensors(tensor)) != 1:
+            if file is None or not file.holds(tensor.dtype) or len(inner_tensors(tensor)) != 1:
                 return None
             if file.path not in opened:
                 opened[file.path] = os.open(file.path, os.O_RDONLY)

@@ -12,13 +12,15 @@ from longtake.config.conflicts import memory_conflicts
 from longtake.config.schema import MemoryStrategy
 from longtake.errors import ConfigError, Problem
 from longtake.memory.activation_offload import activation_offload, keep_first
-from longtake.memory.block_swap import block_swap, make_resident
+from longtake.memory.block_swap import block_swap, make_resident, resident_blocks
+from longtake.memory.block_weights import Waiting, slots_for
 from longtake.memory.copies import Copies, MetaCopies, copies_for
 from longtake.memory.gradient_checkpointing import gradient_checkpointing
 from longtake.memory.host_buffers import DiskTier, HostTier, Keep, disk_tier, keep_on_device
 from longtake.memory.keep_attention import keep_attention
 from longtake.memory.quantization import quantize_blocks
 from longtake.memory.slices import slices
+from longtake.memory.turns import Turns, in_turns
 from longtake.models.spec import Exchange, ModelSpec
 from longtake.models.weight_files import WeightFile
 
@@ -28,14 +30,17 @@ MOST_FRUGAL_HEAD_GROUPS = 4
 
 
 @dataclass(frozen=True)
-class AmongRanks:
-    """What ranks share: the tokens of each clip, if there is an `exchange`; the `weights`, which an engine moves."""
+class Among:
+    """What a transformer shares, with other ranks: the tokens of each clip, if there is an `exchange`; the `weights`,
+    which an engine moves. With transformers of its shape, one of which is used at a time: the buffers of `turns`.
+    """
 
     exchange: Exchange | None = None
     weights: bool = False
+    turns: Turns | None = None
 
 
-ALONE = AmongRanks()
+ALONE = Among()
 
 
 @contextmanager
@@ -46,14 +51,14 @@ def apply(
     scratch: Path,
     weight_files: Mapping[str, WeightFile] | None = None,
     copies: Copies | None = None,
-    among: AmongRanks = ALONE,
+    among: Among = ALONE,
 ) -> Iterator[None]:
     """`strategy` holds for `transformer` inside the context; quantised weights stay so afterwards.
 
     `scratch` is a folder for what goes to disk, and this process's own. `weight_files` tells where the transformer's
-    parameters lie in safetensors files. `copies` are the device's own without it. `among` says what other
-    ranks have of the model or of the clips. Raises ConfigError where the strategy
-    cannot work, RunError where host or disk refuse.
+    parameters lie in safetensors files. `copies` are the device's own without it. `among` says what it
+    shares with other ranks and transformers. Raises ConfigError where the strategy cannot work, RunError where host or
+    disk refuse.
     """
     blocks = getattr(transformer, spec.blocks)
     if found := [
@@ -65,19 +70,20 @@ def apply(
     if strategy.quantization != "none":
         quantize_blocks(transformer, spec, strategy.quantization)
     with ExitStack() as features:
-        if copies is None and (strategy.activation_offload != "none" or strategy.block_swap):
+        if among.turns is not None:
+            copies = among.turns.copies
+        elif copies is None and (strategy.activation_offload != "none" or strategy.block_swap):
             copies = copies_for(next(transformer.parameters()).device)
             features.callback(copies.close)
         keep_for = features.enter_context(keeping(strategy, len(blocks), copies, scratch))
         files = (f"{spec.blocks}.", weight_files or {})
-        if not among.weights:
-            make_resident(blocks, strategy.block_swap, next(transformer.parameters()).device, files)
-        if strategy.block_swap:
+        if strategy.block_swap or among.turns is not None:
             assert copies is not None
             tier = _tier(strategy.block_swap_from, "weights", copies, scratch, features)
-            swap = block_swap(blocks, strategy.block_swap, strategy.checkpoint_every, copies, tier, files)
-            ring = features.enter_context(swap)
-            features.callback(transformer.register_forward_pre_hook(lambda *_: ring.begin()).remove)
+            waiting = Waiting(copies, tier, *files)
+            features.enter_context(_coming_and_going(transformer, blocks, strategy, waiting, among.turns))
+        elif not among.weights:
+            make_resident(blocks, 0, next(transformer.parameters()).device, files)
         features.enter_context(recomputing(transformer, spec, strategy, keep_for, among.exchange))
         yield
 
@@ -137,6 +143,28 @@ def _drops_out(blocks: nn.ModuleList) -> bool:
 
 
 @contextmanager
+def _coming_and_going(
+    transformer: Any, blocks: nn.ModuleList, strategy: MemoryStrategy, waiting: Waiting, turns: Turns | None
+) -> Iterator[None]:
+    """Inside the context swapped blocks' weights are on the device for their use, all others for the transformer's."""
+    number, every = strategy.block_swap, strategy.checkpoint_every
+    with ExitStack() as features:
+        if turns is None:
+            device = next(transformer.parameters()).device
+            make_resident(blocks, number, device, (waiting.prefix, waiting.files))
+        else:
+            features.enter_context(in_turns(turns, transformer, blocks, resident_blocks(len(blocks), number), waiting))
+        if number:
+            if turns is not None and not turns.streaming:
+                turns.streaming = slots_for(blocks, every + 1, waiting.copies)
+            ring = features.enter_context(
+                block_swap(blocks, number, every, waiting, turns.streaming if turns is not None else None)
+            )
+            features.callback(transformer.register_forward_pre_hook(lambda *_: ring.begin()).remove)
+        yield
+
+
+@contextmanager
 def keeping(
     strategy: MemoryStrategy, count: int, copies: Copies | None, scratch: Path
 ) -> Iterator[Callable[[int], Keep]]:
@@ -160,13 +188,17 @@ def recomputing(
     keep_for: Callable[[int], Keep],
     exchange: Exchange | None = None,
 ) -> Iterator[None]:
-    """Inside the context a block keeps by `keep_for` what `strategy` says, and computes all else again in backward."""
+    """Inside the context a block keeps by `keep_for` what `strategy` says, and computes all else again in backward.
+
+    Under any strategy what is the same for many tokens is there once.
+    """
     blocks, every = getattr(transformer, spec.blocks), strategy.checkpoint_every
     keeps_attention = strategy.gradient_checkpointing == "block_keep_attention"
-    if strategy.gradient_checkpointing == "none":
-        yield
-        return
     with ExitStack() as features:
+        features.enter_context(spec.token_axis().held_once(transformer))
+        if strategy.gradient_checkpointing == "none":
+            yield
+            return
         if strategy.slices > 1 or strategy.attention_head_groups > 1:
             groups = strategy.attention_head_groups
             cut = slices(blocks, spec.stages(), strategy.slices, groups, keep_for, keeps_attention, exchange)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from longtake.config.schema import MemoryStrategy
-from longtake.memory.block_swap import Ring, Slot, swapped_blocks
-from longtake.memory.block_weights import Layout
+from longtake.memory.block_swap import Ring, swapped_blocks
+from longtake.memory.block_weights import Layout, Slot
 from longtake.memory.host_buffers import Buffer, HostTier, Keep, Kept, keep_on_device, use
 from longtake.memory.strategy import keeping
 from longtake.planner.events import Compute, Counts, Item

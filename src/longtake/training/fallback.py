@@ -15,7 +15,7 @@ from longtake.distributed.ranks import ALONE, Ranks
 from longtake.errors import ConfigError, Problem, RunError, agreed
 from longtake.memory.accounting import Workload, check, free_for, needs
 from longtake.memory.strategy import ALONE as NO_OTHERS
-from longtake.memory.strategy import AmongRanks, apply, ladder
+from longtake.memory.strategy import Among, apply, ladder
 from longtake.training.model import TrainedModel
 from longtake.training.run_folder import SCRATCH
 
@@ -36,7 +36,7 @@ class StrategyInForce:
         run: Path,
         say: Callable[[str], None],
         ranks: Ranks = ALONE,
-        among: AmongRanks = NO_OTHERS,
+        among: Among = NO_OTHERS,
     ) -> None:
         self.model = model
         self.configured = self.current = configured

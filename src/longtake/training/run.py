@@ -24,7 +24,7 @@ from longtake.errors import ConfigError, Problem
 from longtake.files import write_json
 from longtake.memory.accounting import Workload
 from longtake.memory.optimizer_offload import OffloadedAdamW
-from longtake.memory.strategy import AmongRanks
+from longtake.memory.strategy import Among
 from longtake.memory_gauge import MemoryGauge, expand_segments
 from longtake.models.spec import ModelSpec
 from longtake.models.wan.weights import ModelFiles
@@ -192,7 +192,7 @@ def _strategy(
     visits = sampler.largest(model.spec.tokens, training.micro_batch_size, first_step)
     tokens = -(-model.spec.tokens(*visits[0].entry.bucket) // config.parallel.sp)
     workload = Workload(tokens, training.micro_batch_size, DTYPES[training.precision].itemsize)
-    among = AmongRanks(sharing, config.parallel.strategy in SHARDED)
+    among = Among(sharing, config.parallel.strategy in SHARDED)
     return StrategyInForce(model, config.memory, workload, begun.run, begun.reporter.line, ranks, among)
 
 
