@@ -18,7 +18,7 @@ from longtake.errors import ConfigError, Problem, RunError
 from longtake.models.spec import ModelSpec
 from longtake.models.wan import encoders
 from longtake.models.wan.conditioning import image_condition, pad_prompt
-from longtake.models.wan.pipelines import ImageInputs, image_pipeline, text_pipeline
+from longtake.models.wan.pipelines import ImageInputs, few_timesteps, image_pipeline, text_pipeline
 
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
@@ -124,7 +124,7 @@ def sample_encoded(
     """
     device = torch.device(device)
     with _random_state_of(device), _evaluating(transformers.values()), torch.no_grad():
-        vae = encoders.load_vae(root, "cpu")  # first: nobody wants to hear of a damaged file after the denoising
+        vae = encoders.load_vae(root, "cpu", spec)  # first: nobody wants to hear of a damaged file after the denoising
         latents = _denoise(spec, transformers, encoded, device, on_step)
         encoders.release()
         frames = _decode(vae.to(device), latents)
@@ -156,15 +156,15 @@ def _denoise(
     arguments = _arguments(encoded, device)
     if on_step is not None:
         arguments["callback_on_step_end"] = _callback(on_step)
-    latents: Tensor = pipeline(**arguments, output_type="latent").frames
+    with few_timesteps(transformers.values()):
+        latents: Tensor = pipeline(**arguments, output_type="latent").frames
     return latents
 
 
 def _decode(
     vae: AutoencoderKLWan, latents: Float[Tensor, "1 channels latent_frames latent_height latent_width"]
 ) -> UInt8[Tensor, "frames 3 height width"]:
-    video = encoders.decode_latents(vae, latents)
-    return _to_bytes(VideoProcessor().postprocess_video(video, "pt")[0])
+    return _to_bytes(VideoProcessor().postprocess_video(encoders.decode_latents(vae, latents), "pt")[0])
 
 
 def _arguments(encoded: EncodedRequest, device: torch.device) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def _prompt_embeds(
     def encode(encoder: encoders.TextEncoder) -> dict[str, Tensor]:
         return {text: pad_prompt(encoders.encode_prompt(encoder, text), spec.text_tokens)[None].cpu() for text in texts}
 
-    return _used_once(encoders.load_text_encoder, root, device, encode)
+    return _used_once(encoders.load_text_encoder, (root, spec), device, encode)
 
 
 def _image_inputs(
@@ -213,17 +213,17 @@ def _image_inputs(
     def conditions(vae: AutoencoderKLWan) -> list[Tensor]:
         return [_condition(vae, spec, request) for request in given]
 
-    embeds = _used_once(encoders.load_image_encoder, root, device, tokens) if spec.image_tokens else [None] * len(given)
-    pairs = zip(embeds, _used_once(encoders.load_vae, root, device, conditions), strict=True)
-    inputs = iter([ImageInputs(*pair) for pair in pairs])
+    of = (root, spec)
+    embeds = _used_once(encoders.load_image_encoder, of, device, tokens) if spec.image_tokens else [None] * len(given)
+    inputs = map(ImageInputs, embeds, _used_once(encoders.load_vae, of, device, conditions))
     return [next(inputs) if request.images else None for request in requests]
 
 
 def _used_once(
-    load: Callable[[Path, torch.device], Any], root: Path, device: torch.device, work: Callable[[Any], Made]
+    load: Callable[..., Any], of: tuple[Path, ModelSpec], device: torch.device, work: Callable[[Any], Made]
 ) -> Made:
     """What `work` makes of the loaded encoder, which is gone afterwards: no name here may hold it."""
-    made = work(load(root, device))
+    made = work(load(of[0], device, of[1]))
     encoders.release()
     return made
 

@@ -1,11 +1,21 @@
 """One scene of drawn clips a model, prepared once for all tests of training."""
 
+import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from runs import Scene, scene
+
+
+@pytest.fixture
+def seed() -> int:
+    """Another one each time; pytest shows what is printed here where the test fails."""
+    chosen = int(os.environ.get("LONGTAKE_SEED") or secrets.randbelow(2**32))
+    print(f"LONGTAKE_SEED={chosen} repeats this")
+    return chosen
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from longtake.data.claims import Claims
 from longtake.data.dataset import Placed, cache_settings, place, read_sources
 from longtake.data.hashes import content_hashes
 from longtake.data.metadata import usable
-from longtake.data.video import read_clip
+from longtake.data.video import read_clip, read_image
 from longtake.errors import CacheError, DataError, ModelError, Problem
 from longtake.memory_gauge import MemoryGauge
 from longtake.models.spec import ModelSpec
@@ -43,16 +43,17 @@ class Work:
 def component_root(root: Path | None, name: str) -> Path:
     """The folder of VAE and encoders; raises ModelError where the model was given without."""
     if root is None:
-        remedy = "set model.components to a diffusers folder or hub id that has vae, text_encoder and tokenizer"
+        remedy = "set model.components to a folder or hub id that has vae, text_encoder and tokenizer"
         raise ModelError(Problem("only a transformer was given; VAE and encoders are needed", name, remedy))
     return root
 
 
 def encoder_fingerprints(root: Path, spec: ModelSpec) -> dict[str, str]:
     """Identity of each encoder that the task uses: its files', and the type it computes in where that is another."""
-    names = ["vae", "text_encoder", "tokenizer", *(["image_encoder", "image_processor"] if spec.image_tokens else [])]
-    prints = {name: encoders.fingerprint(root / name)[:16] for name in names}
-    stored, computing = encoders.text_encoder_types(root)
+    names: list[encoders.ComponentName] = ["vae", "text_encoder", "tokenizer"]
+    names += ["image_encoder", "image_processor"] if spec.image_tokens else []
+    prints: dict[str, str] = {name: encoders.component_fingerprint(root, name, spec)[:16] for name in names}
+    stored, computing = encoders.text_encoder_types(root, spec)
     if computing != stored:
         prints["text_encoder"] += f" in {str(computing).removeprefix('torch.')}"
     return prints
@@ -159,22 +160,23 @@ def _passes(
         keys.latents(item): Work("latents", keys.latents(item), item.clip.record.where, _latents_of(item, spec))
         for item in placed
     }
-    yield "video latents", lambda: encoders.load_vae(root, device), [*latents.values()]
+    yield "video latents", lambda: encoders.load_vae(root, device, spec), [*latents.values()]
     if spec.image_tokens:
         images = {
             keys.image(item): Work("images", keys.image(item), item.clip.record.where, _image_of(item, spec))
             for item in placed
         }
-        yield "images", lambda: encoders.load_image_encoder(root, device), [*images.values()]
+        yield "images", lambda: encoders.load_image_encoder(root, device, spec), [*images.values()]
     prompts = dict.fromkeys(["", *(item.clip.record.prompt for item in placed)])
     texts = [Work("texts", keys.text(prompt), "caption", _text_of(prompt)) for prompt in prompts]
-    yield "captions", lambda: encoders.load_text_encoder(root, device), texts
+    yield "captions", lambda: encoders.load_text_encoder(root, device, spec), texts
 
 
 def _latents_of(item: Placed, spec: ModelSpec) -> Callable[[Any], Tensors]:
     def make(vae: Any) -> Tensors:
         clip, bucket = item.clip, item.clip.bucket
-        frames = read_clip(clip.record.path, clip.window, (bucket.width, bucket.height))
+        path, size = clip.record.path, (bucket.width, bucket.height)
+        frames = read_image(path, size)[None] if clip.info.is_image else read_clip(path, clip.window, size)
         video = encoders.normalise_pixels(frames).permute(1, 0, 2, 3)[None]
         tensors = {"latents": encoders.encode_video(vae, video)[0].float().cpu()}
         if spec.task in ("i2v", "flf2v"):

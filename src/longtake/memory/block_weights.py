@@ -1,7 +1,7 @@
 """The frozen weights of a block as flat bytes: over a buffer of the device, and at home in host memory or in files."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,13 +135,13 @@ class Waiting:
         RunError where the host or the disk refuse.
         """
         homes: dict[int, Home] = {}
-        valueless: set[int] = set()
+        left: dict[int, set[str]] = {}
         with finder(self.files) as find:
             for index in chosen:
                 block, layout, own = blocks[index], Layout(blocks[index]), find(f"{self.prefix}{index}.")
                 assert [weight.key for weight in layout.weights] == [weight.key for weight in Layout(blocks[0]).weights]
-                if any(parameter.is_meta for parameter in layout.of(block)):
-                    valueless.add(index)
+                weights = zip(layout.weights, layout.of(block), strict=True)
+                left[index] = {weight.key for weight, parameter in weights if parameter.is_meta}
                 if isinstance(self.tier, HostTier):
                     homes[index] = home_in_host(block, layout, own, self.tier)
                 else:
@@ -150,8 +150,8 @@ class Waiting:
                 yield homes
             finally:
                 if not isinstance(self.tier, HostTier):
-                    for index in homes.keys() - valueless:
-                        read_back(homes[index])
+                    for index, home in homes.items():
+                        read_back(home, left[index])
 
 
 def home_in_host(block: nn.Module, layout: Layout, find: FindExtent, tier: HostTier) -> Home:
@@ -180,11 +180,23 @@ def home_in_files(block: nn.Module, layout: Layout, find: FindExtent, tier: Disk
     return Home(block, layout, Buffer(tuple(extents)), layout.without_values())
 
 
-def read_back(home: Home) -> None:
-    """Puts a block's weights from files into plain host memory."""
+def read_back(home: Home, left: Collection[str]) -> None:
+    """Puts a block's weights from files into plain host memory, but for those that are `left` there, without values."""
+    weights = home.layout.weights
+    if all(weight.key in left for weight in weights):
+        home.put()
+        return
     memory = torch.empty(home.layout.nbytes, dtype=torch.uint8)
     read(memory, extents_of(home.buffer))
-    home.put(home.layout.over(memory))
+    parameters = home.layout.over(memory)
+    for index, weight in enumerate(weights if left else ()):
+        # copies, as the whole block's memory would stay with a view
+        inners = [inner.clone() for inner in inner_tensors(parameters[index].data)]
+        own = (
+            home.away[index] if weight.key in left else nn.Parameter(rebuilt(weight.like, inners), requires_grad=False)
+        )
+        parameters[index] = own
+    home.put(parameters)
 
 
 def bring(block: nn.Module, find: FindExtent, device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -37,16 +38,16 @@ class BlockStages(Protocol):
 
 @runtime_checkable
 class TokenAxis(Protocol):
-    """Where tokens are outside of the blocks, so that each of several ranks can compute with a part of them."""
+    """Where tokens are outside of the blocks: what is the same for many, and how ranks compute with a part of them."""
+
+    def held_once(self, transformer: Any) -> AbstractContextManager[None]:
+        """Inside the context `transformer` computes once, and holds once, what would be the same for many tokens."""
 
     def entries(self) -> Mapping[str, Callable[[Any, Callable[[int], slice]], Any]]:
         """The modules of the transformer that give something for every token, with the function that cuts their output.
 
         It is given the output and a function from the number of all tokens to the slice that is wanted.
         """
-
-    def given(self) -> Mapping[str, Callable[[tuple[Any, ...], dict[str, Any], Callable[[int], slice]], Any]]:
-        """Modules that are given something for every token, each with the function that cuts a call's arguments."""
 
     def leaving(self) -> str:
         """The module whose output [batch, tokens, values] must be of all tokens again."""

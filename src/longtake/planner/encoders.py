@@ -13,45 +13,12 @@ from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from longtake.models.wan import tiny
+from longtake.models.wan.component_configs import CLIP_VIT_H, UMT5_XXL, VAE_2_1, VAE_2_2
 from longtake.models.wan.encoders import computing_type
 from longtake.models.wan.variants import WanVariant
 from longtake.planner.operators import DeviceType
 
 META = torch.device("meta")
-VAE_2_1: dict[str, Any] = {}
-"""Arguments of AutoencoderKLWan, whose defaults are vae/config.json of Wan-AI/Wan2.1-I2V-14B-480P-Diffusers."""
-VAE_2_2: dict[str, Any] = {
-    "base_dim": 160,
-    "decoder_base_dim": 256,
-    "z_dim": 48,
-    "is_residual": True,
-    "patch_size": 2,
-    "in_channels": 12,
-    "out_channels": 12,
-    "scale_factor_spatial": 16,
-    "latents_mean": [0.0] * 48,
-    "latents_std": [1.0] * 48,
-}
-"""Those of vae/config.json of Wan-AI/Wan2.2-TI2V-5B-Diffusers but for the statistics, whose values take no memory."""
-UMT5_XXL: dict[str, Any] = {
-    "vocab_size": 256384,
-    "d_model": 4096,
-    "d_kv": 64,
-    "d_ff": 10240,
-    "num_layers": 24,
-    "num_heads": 64,
-}
-"""Those of UMT5Config in text_encoder/config.json, the same in every repository of Wan-AI."""
-CLIP_VIT_H: dict[str, Any] = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 16,
-    "image_size": 224,
-    "patch_size": 14,
-    "hidden_act": "gelu",
-}
-"""Those of CLIPVisionConfig in image_encoder/config.json of Wan-AI/Wan2.1-I2V-14B-480P-Diffusers."""
 _TINY_VOCABULARY = 259
 """Tokens of `tiny.build_tokenizer`: the bytes, and three special ones."""
 _LOWER_PRECISION = "Wan-AI/Wan2.2-"

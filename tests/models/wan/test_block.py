@@ -12,6 +12,7 @@ from torch.nn import functional
 from longtake.config.schema import ModelConfig
 from longtake.models.spec import ModelSpec
 from longtake.models.wan import block as stages
+from longtake.models.wan.first_and_rest import FirstAndRest
 from longtake.models.wan.tiny import bundled
 from longtake.models.wan.variants import VARIANTS, variant
 from longtake.models.wan.weights import load_transformer, locate
@@ -86,6 +87,24 @@ def test_a_slice_has_the_rows_that_the_whole_has(given: Given) -> None:
                 torch.testing.assert_close(part, all_rows[:, :, tokens], rtol=1e-5, atol=1e-6)
             part = stages.after(block, rows, attended[:, :, tokens], cut)
             torch.testing.assert_close(part, output[:, tokens], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("given", ["tiny-ti2v"], indirect=True)
+def test_of_two_timesteps_its_stages_and_slices_are_the_block_with_a_row_for_each_token(given: Given) -> None:
+    block, hidden_states, (text, temb, rotary) = given
+    two = temb[:, :2].clone().requires_grad_()
+    whole = torch.cat([two[:, :1].expand(-1, 4, -1, -1), two[:, 1:].expand(-1, TOKENS - 4, -1, -1)], dim=1)
+    short = FirstAndRest(two, 4, TOKENS)
+    expected = block(hidden_states, text, whole, rotary)
+    assert torch.equal(block(hidden_states, text, short, rotary), expected)
+    assert torch.equal(_in_stages(block)(hidden_states, text, short, rotary), expected)
+    for tokens in (slice(0, 3), slice(3, 6), slice(6, 12)):
+        parts = [
+            stages.before(block, hidden_states[:, tokens], stages.cut((text, temb, rotary), tokens))
+            for temb in (whole, short)
+        ]
+        assert all(torch.equal(one, other) for one, other in zip(*parts, strict=True))
+    assert stages.cut((text, short, rotary), slice(3, 6))[1].rows is two, "where slices add its gradient up"
 
 
 def test_cutting_makes_views_of_what_has_a_row_for_each_token_and_keeps_the_rest() -> None:

@@ -102,6 +102,10 @@ def test_where_the_file_cannot_tell_the_error_lists_candidates_and_the_key(tmp_p
         ("casual_audio_encoder.encoder.final_linear.weight", "speech-to-video"),
         ("control_adapter.conv.weight", "Control-Camera"),
         ("ref_conv.weight", "Fun Control"),
+        ("trainable_cond_mask.weight", "speech-to-video"),
+        ("blocks.0.audio_cross_attn.q_linear.weight", "audio-driven"),
+        ("blocks.0.cam_encoder.weight", "camera-controlled"),
+        ("fps_embedding.weight", "SkyReels"),
         ("blocks.0.some_new_part.weight", "not a Wan transformer's: blocks.0.some_new_part.weight"),
     ],
 )
@@ -151,6 +155,47 @@ def test_missing_and_misshapen_parameters_are_listed_together(tmp_path: Path) ->
     assert "blocks.2.norm2.bias [161] instead of [160]" in misshapen
 
 
+@pytest.mark.parametrize(("channels", "model"), [(48, "Wan2.1 Fun Control"), (52, "Wan2.2 Fun Control")])
+def test_control_models_are_told_by_their_input_channels(tmp_path: Path, channels: int, model: str) -> None:
+    shapes = original_shapes("wan2.2-i2v-a14b") | {"patch_embedding.weight": (5120, channels, 1, 2, 2)}
+    with pytest.raises(ModelError, match=rf"this is a {model} model \(it has in_channels {channels}"):
+        detect(write_sparse(tmp_path / "model.safetensors", shapes))
+
+
+@pytest.mark.parametrize("layout", ["original", "comfyui", "diffusers"])
+@pytest.mark.parametrize("change", ["renamed", "missing", "extra", "misshapen", "extra block", "one block less"])
+def test_a_near_miss_is_refused_with_its_reason_in_one_line(tmp_path: Path, change: str, layout: str) -> None:
+    prefix = "model.diffusion_model." if layout == "comfyui" else ""
+    shapes = (
+        VARIANTS["wan2.1-t2v-1.3b"].parameter_shapes() if layout == "diffusers" else original_shapes("wan2.1-t2v-1.3b")
+    )
+    name = "blocks.7.attn1.to_q.weight" if layout == "diffusers" else "blocks.7.self_attn.q.weight"
+    if change in ("renamed", "missing"):
+        del shapes[name]
+    if change in ("renamed", "extra"):
+        shapes[name.replace("to_q", "to_query").replace(".q.", ".query.")] = (1536, 1536)
+    if change == "misshapen":
+        shapes[name] = (1536, 1500)
+    if change == "extra block":
+        shapes |= {key.replace(".7.", ".30."): shape for key, shape in shapes.items() if key.startswith("blocks.7.")}
+    if change == "one block less":
+        shapes = {key: shape for key, shape in shapes.items() if not key.startswith("blocks.29.")}
+    path = write_sparse(tmp_path / "model.safetensors", {prefix + key: shape for key, shape in shapes.items()})
+    with pytest.raises(ModelError) as refused:
+        inspect(path)
+    (problem,) = refused.value.problems
+    assert len(str(problem).splitlines()) == 1
+    told = {
+        "renamed": "query",
+        "missing": "1 parameters are missing: blocks.7.attn1.to_q.weight",
+        "extra": "query",
+        "misshapen": "blocks.7.attn1.to_q.weight [1536, 1500] instead of [1536, 1536]",
+        "extra block": "num_layers 31",
+        "one block less": "num_layers 29",
+    }
+    assert told[change] in problem.what
+
+
 def test_a_model_that_is_no_wan_is_refused(tmp_path: Path) -> None:
     path = write_sparse(tmp_path / "flux.safetensors", {"double_blocks.0.img_attn.qkv.weight": (8, 8)})
     with pytest.raises(ModelError, match="not a Wan model"):
@@ -196,6 +241,8 @@ def test_the_type_is_that_of_most_values_and_scales_are_told(tmp_path: Path) -> 
             "wan2.1-t2v-14b",
         ),
         ({"vision_model.embeddings.class_embedding": (1280,)}, "image_encoder", "wan2.1-i2v-14b-480p"),
+        ({"embeddings.class_embedding": (1280,)}, "image_encoder", "wan2.1-i2v-14b-480p"),
+        ({"visual.cls_embedding": (1, 1, 1280)}, "image_encoder", "wan2.1-flf2v-14b-720p"),
     ],
 )
 def test_other_components_are_told_and_are_no_transformers(

@@ -154,3 +154,18 @@ def test_a_folder_of_two_models_asks_for_a_file(tmp_path: Path) -> None:
         write_sparse(tmp_path / f"{name}.safetensors", {"a": (1,)})
     with pytest.raises(ModelError, match="2 models: high, low"):
         tensor_files(tmp_path)
+
+
+@pytest.mark.parametrize("length", [0x280, 0x480])
+def test_a_header_whose_length_looks_like_a_pickles_protocol_is_read(tmp_path: Path, length: int) -> None:
+    """The first bytes are 80 02 and 80 04."""
+    entry = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
+    text = entry + b" " * (length - len(entry) - 1) + b"}"
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"\x07")
+    assert read_header(tmp_path / "model.safetensors")["a"].shape == (1,)
+
+
+def test_a_gguf_file_is_refused_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(ModelError, match="GGUF"):
+        read_header(tmp_path / "model.gguf")

@@ -112,3 +112,46 @@ def test_names_and_hub_ids_are_found_in_the_hubs_cache(
     files = locate(ModelConfig(name=name), no_bundle, lines.append)
     assert files == ModelFiles(variant(held), {part: root / part for part in variant(held).spec.experts}, root)
     assert lines == [f"{repository.name.removeprefix('models--').replace('--', '/')}: offline, using the cache"]
+
+
+@pytest.mark.parametrize(
+    ("name", "held"),
+    [
+        ("Wan-AI/Wan2.1-I2V-14B-480P", "wan2.1-i2v-14b-480p"),
+        ("Wan-AI/Wan2.1-FLF2V-14B-720P", "wan2.1-flf2v-14b-720p"),
+        ("Wan-AI/Wan2.2-T2V-A14B", "wan2.2-t2v-a14b"),
+    ],
+)
+def test_the_authors_own_releases_are_found_in_the_hubs_cache_with_their_components(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, held: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / f"models--{name.replace('/', '--')}"
+    root = repository / "snapshots" / "abc"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    experts = variant(held).spec.experts
+    folders = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"} if len(experts) == 2 else {}
+    for component in experts:
+        write_sparse(root / folders.get(component, "") / "diffusion_pytorch_model.safetensors", original_shapes(held))
+    shapes = {"conv1.weight": (32, 32), "encoder.conv1.weight": (96, 3), "decoder.conv1.weight": (384, 16)}
+    torch.save({key: torch.zeros(shape) for key, shape in shapes.items()}, root / "Wan2.1_VAE.pth")
+    files = locate(ModelConfig(name=name), no_bundle, ignore)
+    places = {component: root / folders[component] if folders else root for component in experts}
+    assert files == ModelFiles(variant(held), places, root)
+
+
+def test_two_files_are_the_two_experts_of_a_model(tmp_path: Path) -> None:
+    comfyui = original_shapes("wan2.2-t2v-a14b", "model.diffusion_model.")
+    high = write_sparse(tmp_path / "one.safetensors", comfyui)
+    low = write_sparse(tmp_path / "two.safetensors", original_shapes("wan2.2-t2v-a14b"), "F16")
+    files = locate(ModelConfig(path=str(high), low_noise_path=str(low)), no_bundle, ignore)
+    assert files == ModelFiles(variant("wan2.2-t2v-a14b"), {"transformer": high, "transformer_2": low}, None)
+    other = write_sparse(tmp_path / "three.safetensors", original_shapes("wan2.2-i2v-a14b"))
+    with pytest.raises(ModelError, match="the parts do not make one model"):
+        locate(ModelConfig(path=str(high), low_noise_path=str(other)), no_bundle, ignore)
+    with pytest.raises(ModelError, match=r"there is no .*four\.safetensors") as raised:
+        locate(ModelConfig(path=str(high), low_noise_path=str(tmp_path / "four.safetensors")), no_bundle, ignore)
+    assert raised.value.problems[0].where == "model.low_noise_path"
+    with pytest.raises(ValueError, match="give path, the high-noise transformer's"):
+        ModelConfig(name="wan2.2-t2v-a14b", low_noise_path=str(low))

@@ -18,6 +18,7 @@ AdapterFormat = Literal["comfyui", "diffusers", "kohya"]
 _DOWN = re.compile(r"(.+?)\.(?:lora_A|lora_down)(?:\.default)?\.weight")
 _UP = re.compile(r"(.+?)\.(?:lora_B|lora_up)(?:\.default)?\.weight")
 _ALPHA = ".alpha"
+_LENGTHS = re.compile(r".+\.(?:dora_scale|lora_magnitude_vector(?:\.\w+){0,2})")
 _KOHYA = "lora_unet_"
 _PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer_2.", "transformer.")
 _SCALARS = {"F32": "<f", "F16": "<e", "F64": "<d"}
@@ -27,7 +28,8 @@ _SCALARS = {"F32": "<f", "F16": "<e", "F64": "<d"}
 class Adapter:
     """A LoRA file. `modules` are diffusers' names with (outputs, inputs) of the layers it changes.
 
-    `unknown` are modules that no Wan transformer has; `bases` the variants that have every module in its size.
+    `unknown` are modules that no Wan transformer has; `bases` the variants that have every module in its size. `dora`
+    says whether some layer has trained lengths of its rows.
     """
 
     format: AdapterFormat
@@ -36,6 +38,7 @@ class Adapter:
     modules: dict[str, tuple[int, int]]
     unknown: tuple[str, ...]
     bases: tuple[str, ...]
+    dora: bool = False
 
 
 def is_adapter(tensors: Mapping[str, TensorHeader]) -> bool:
@@ -61,7 +64,8 @@ def read_adapter(tensors: Mapping[str, TensorHeader]) -> Adapter:
     ranks = {downs[name].shape[0] for name in shapes}
     bases = () if unknown else _bases(modules)
     form = _format(next(iter(sorted(downs.keys() | ups.keys()))))
-    return Adapter(form, tuple(sorted(ranks)), tuple(sorted(alphas)), modules, tuple(unknown), bases)
+    dora = any(_LENGTHS.fullmatch(name) for name in tensors)
+    return Adapter(form, tuple(sorted(ranks)), tuple(sorted(alphas)), modules, tuple(unknown), bases, dora)
 
 
 def _is_pair(downs: Mapping[str, TensorHeader], ups: Mapping[str, TensorHeader], name: str) -> bool:

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor
 
 from longtake.models.spec import Shared
+from longtake.models.wan.first_and_rest import FirstAndRest
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -58,15 +59,21 @@ def after(
 def cut(shared: Shared, tokens: slice) -> Shared:
     """Text embedding, time embedding and rotary tables (text, temb, (cosines, sines)) for a slice of the tokens.
 
-    A time embedding [batch, tokens, 6, dim] has a row for each token, one of [batch, 6, dim] holds for all; the tables
+    A time embedding [batch, 6, dim] holds for all tokens, one of [batch, tokens, 6, dim] has a row for each; the tables
     are [1, tokens, 1, head_dim].
     """
     text, temb, (cosines, sines) = shared
-    return text, temb[:, tokens] if temb.ndim == 4 else temb, (cosines[:, tokens], sines[:, tokens])
+    return text, _of(temb, tokens), (cosines[:, tokens], sines[:, tokens])
 
 
-def _modulation(block: WanTransformerBlock, temb: Tensor) -> tuple[Tensor, ...]:
-    """Six fp32 tensors [batch, 1 or tokens, dim]."""
+def _of(temb: Tensor | FirstAndRest, tokens: slice) -> Tensor | FirstAndRest:
+    if isinstance(temb, FirstAndRest):
+        return temb.of(tokens)
+    return temb[:, tokens] if temb.ndim == 4 else temb
+
+
+def _modulation(block: WanTransformerBlock, temb: Any) -> tuple[Any, ...]:
+    """Six fp32 tensors [batch, 1 or tokens, dim], or what stands for such."""
     return tuple(
         row.squeeze(-2) if temb.ndim == 4 else row for row in (block.scale_shift_table + temb.float()).chunk(6, dim=-2)
     )

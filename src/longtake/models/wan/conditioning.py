@@ -123,7 +123,10 @@ def loss_mask(
 def _token_timesteps(
     spec: ModelSpec, timestep: Float32[Tensor, " batch"], noisy: Float[Tensor, "batch channels frames height width"]
 ) -> Float32[Tensor, "batch tokens"]:
-    """0 for the tokens of the first frame, the sample's timestep for all others."""
+    """0 for the tokens of the first frame, the sample's timestep for all others, as diffusers' pipelines give them.
+
+    `models.wan.first_and_rest` has the transformer embed the two, not all.
+    """
     _, _, frames, height, width = noisy.shape
     a_frame = (height // spec.patch_size[1]) * (width // spec.patch_size[2])
     timesteps = timestep[:, None].repeat(1, frames // spec.patch_size[0] * a_frame)

@@ -10,7 +10,9 @@ from typing import Literal
 from longtake.errors import ModelError, Problem
 from longtake.models.wan import signature
 from longtake.models.wan.adapters import AdapterFormat, is_adapter, read_adapter
+from longtake.models.wan.component_kinds import TOKENIZER, FoundComponent, find_component
 from longtake.models.wan.headers import TensorHeader, read_header, read_headers, tensor_files
+from longtake.models.wan.scales import is_scale, with_scales
 from longtake.models.wan.variants import VARIANTS, WanVariant, variant
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "TensorHeader",
     "decide",
     "detect",
+    "detect_experts",
     "identify",
     "inspect",
     "read_header",
@@ -32,17 +35,12 @@ EXPERT_FOLDERS = {"transformer": "high_noise_model", "transformer_2": "low_noise
 """Folders of the two experts in the original release of the A14B models."""
 
 _DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F8_E4M3": "fp8_e4m3", "F8_E5M2": "fp8_e5m2"}
+_OTHER_COMPONENTS = {
+    "vae": ("a VAE", "of other sizes"),
+    "text_encoder": ("a T5 encoder", "of another width, or with one position bias for all blocks"),
+    "image_encoder": ("a CLIP vision encoder", "of another width"),
+}
 _LAYOUT_OF: dict[AdapterFormat, Layout] = {"comfyui": "comfyui", "diffusers": "diffusers", "kohya": "original"}
-# Kind, layout, and names that are all there; the first is the tensor whose shape tells the generation.
-_COMPONENTS: tuple[tuple[Kind, Layout, tuple[str, ...]], ...] = (
-    ("vae", "diffusers", ("quant_conv.weight", "encoder.conv_in.weight")),
-    ("vae", "original", ("conv1.weight", "encoder.conv1.weight", "decoder.conv1.weight")),
-    ("text_encoder", "diffusers", ("shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight")),
-    ("text_encoder", "original", ("token_embedding.weight", "blocks.0.attn.q.weight")),
-    ("image_encoder", "diffusers", ("vision_model.embeddings.class_embedding",)),
-    ("image_encoder", "original", ("visual.cls_embedding",)),
-)
-_VAE_WIDTHS = ((96,), (160,))
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,11 @@ def detect(path: Path) -> Checkpoint:
         return _narrowed(path, experts, two=True)
     files = tensor_files(path)
     return _detect_tensors(path, files, read_headers(files))
+
+
+def detect_experts(high: Path, low: Path) -> Checkpoint:
+    """What two files or folders are, the high-noise and the low-noise transformer of one model; raises as `detect`."""
+    return _narrowed(high, dict(zip(EXPERT_FOLDERS, (high, low), strict=True)), two=True)
 
 
 def identify(path: Path, wanted_variant: str = "") -> WanVariant:
@@ -124,6 +127,7 @@ def inspect(path: Path) -> dict[str, object]:
     adapter = read_adapter(read_headers(found.files))
     return facts | {
         "format": adapter.format,
+        "dora": adapter.dora,
         "ranks": list(adapter.ranks),
         "alphas": list(adapter.alphas),
         "targets": len(adapter.modules),
@@ -132,8 +136,12 @@ def inspect(path: Path) -> dict[str, object]:
 
 
 def tensors_of(checkpoint: Checkpoint) -> dict[str, TensorHeader]:
-    """Tensors of a detected transformer of one expert, by diffusers' names; raises ModelError as `read_header` does."""
+    """Tensors of a detected transformer of one expert, by diffusers' names, with their scales.
+
+    Raises ModelError as `read_header` and `with_scales` do.
+    """
     body = signature.without_prefix(read_headers(checkpoint.files), checkpoint.prefix)
+    body = with_scales(body, checkpoint.files[0])
     return signature.diffusers_names(body, checkpoint.layout != "diffusers", checkpoint.files[0])
 
 
@@ -174,7 +182,7 @@ def _narrowed(root: Path, experts: dict[str, Path], two: bool, expand_timesteps:
         names = [name for name in names if specs[name].expand_timesteps == expand_timesteps]
     if not names or any(part.kind != "transformer" for part in parts):
         held = ", ".join(f"{name}: {' or '.join(part.candidates)}" for name, part in zip(experts, parts, strict=True))
-        raise ModelError(Problem(f"the folder's parts do not make one model ({held})", str(root), signature.trained()))
+        raise ModelError(Problem(f"the parts do not make one model ({held})", str(root), signature.trained()))
     files = tuple(file for part in parts for file in part.files)
     only = VARIANTS[names[0]] if len(names) == 1 else None
     return replace(parts[0], variant=only, candidates=tuple(names), files=files, experts=experts)
@@ -186,9 +194,8 @@ def _detect_tensors(path: Path, files: tuple[Path, ...], tensors: dict[str, Tens
     if is_adapter(tensors):
         adapter = read_adapter(tensors)
         return _checkpoint(_LAYOUT_OF[adapter.format], "lora", adapter.bases, tensors, files)
-    for kind, component_layout, names in _COMPONENTS:
-        if all(name in tensors for name in names):
-            return _checkpoint(component_layout, kind, _users(kind, names, tensors), tensors, files)
+    if (component := find_component(tensors)) is not None:
+        return _component(component, path, files, tensors)
     prefixes = (prefix for prefix in signature.PREFIXES if any(name.startswith(prefix) for name in tensors))
     prefix = next(prefixes, "")
     body = signature.without_prefix(tensors, prefix)
@@ -202,16 +209,17 @@ def _detect_tensors(path: Path, files: tuple[Path, ...], tensors: dict[str, Tens
     return replace(found, experts={"transformer": path}) if single else found
 
 
-def _users(kind: Kind, names: Sequence[str], tensors: Mapping[str, TensorHeader]) -> tuple[str, ...]:
-    """The variants whose VAE, text or image encoder has these sizes."""
-    shape = tensors[names[0]].shape
-    if kind == "vae":
-        full = tensors[names[1]].shape[:1] in _VAE_WIDTHS
-        wanted = [item for item in VARIANTS.values() if (2 * item.spec.latent_channels,) == shape[:1]]
-        return tuple(item.name for item in wanted if bool(item.hub_id) == full)
-    if kind == "text_encoder":
-        return tuple(item.name for item in VARIANTS.values() if (item.spec.text_dim,) == shape[-1:])
-    return tuple(item.name for item in VARIANTS.values() if (item.spec.image_dim,) == shape[-1:])
+def _component(
+    found: FoundComponent, path: Path, files: tuple[Path, ...], tensors: Mapping[str, TensorHeader]
+) -> Checkpoint:
+    """ComfyUI's files have transformers' names too; they are told by what only they have."""
+    if not found.users:
+        what, told = _OTHER_COMPONENTS[found.kind]
+        raise ModelError(Problem(f"this is {what} ({told}), none of a Wan model", str(path), signature.trained()))
+    layout: Layout = "diffusers" if found.names == "diffusers" else "original"
+    if TOKENIZER in tensors or any(map(is_scale, tensors)):
+        layout = "comfyui"
+    return replace(_checkpoint(layout, found.kind, found.users, found.tensors, files), prefix=found.prefix)
 
 
 def _checkpoint(
@@ -223,9 +231,9 @@ def _checkpoint(
 ) -> Checkpoint:
     counts: dict[str, int] = {}
     for name, tensor in tensors.items():
-        if not signature.is_scale(name):
+        if not is_scale(name):
             counts[tensor.dtype] = counts.get(tensor.dtype, 0) + prod(tensor.shape)
     main = max(counts, key=lambda dtype: counts[dtype])
-    dtype = _DTYPES.get(main, main.lower()) + (" with scales" if any(map(signature.is_scale, tensors)) else "")
+    dtype = _DTYPES.get(main, main.lower()) + (" with scales" if any(map(is_scale, tensors)) else "")
     only = VARIANTS[candidates[0]] if len(candidates) == 1 else None
     return Checkpoint(layout, kind, only, tuple(candidates), dtype, sum(counts.values()), files, "", {})

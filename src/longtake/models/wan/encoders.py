@@ -3,46 +3,62 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from longtake.errors import ModelError, Problem
-from longtake.models.wan.headers import TensorHeader, read_headers, tensor_files
-from longtake.models.wan.signature import differences
-from longtake.models.weight_files import WeightFile, read_weights
+from longtake.models.spec import ModelSpec
+from longtake.models.wan import tiny
+from longtake.models.wan.component_configs import CLIP_VIT_H, VAE_2_1, VAE_2_2
+from longtake.models.wan.component_files import Component, locate_component
+from longtake.models.wan.component_kinds import FoundComponent
+from longtake.models.wan.component_names import Place, clip_in_open_clip, clip_in_original, vae_in_original
+from longtake.models.wan.component_weights import Model, empty_model, read_component, unreadable
+from longtake.models.wan.fingerprints import ComponentName, component_fingerprint, fingerprint
+from longtake.models.wan.text_encoders import (
+    TEXT_TOKENS,
+    TextEncoder,
+    clean_prompt,
+    computing_type,
+    encode_prompt,
+    load_text_encoder,
+    text_encoder_types,
+)
+from longtake.models.wan.variants import VARIANTS, WanVariant
 
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
 
-TEXT_TOKENS = 512
-"""Length of a padded prompt: diffusers finds the image tokens by `shape[1] - 512`, so no other value works."""
+__all__ = [
+    "TEXT_TOKENS",
+    "ComponentName",
+    "ImageEncoder",
+    "TextEncoder",
+    "clean_prompt",
+    "component_fingerprint",
+    "computing_type",
+    "decode_latents",
+    "encode_image",
+    "encode_prompt",
+    "encode_video",
+    "fingerprint",
+    "load_image_encoder",
+    "load_text_encoder",
+    "load_vae",
+    "normalise_pixels",
+    "release",
+    "text_encoder_types",
+]
 
-_LARGE = 1024
-"""The width from which on a text encoder of fp32 files is computed in bf16: UMT5-XXL has 4096, a tiny model's 64."""
-_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_EMBEDDING, _SAME_EMBEDDING = "shared.weight", "encoder.embed_tokens.weight"
-_MIB = 2**20
-_LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TextEncoder:
-    """A tokenizer and the UMT5 that reads its tokens."""
-
-    tokenizer: Any
-    model: UMT5EncoderModel
+_CLIP_CONFIGS = (CLIP_VIT_H, tiny.IMAGE_ENCODER)
 
 
 @dataclass(frozen=True)
@@ -53,9 +69,20 @@ class ImageEncoder:
     model: CLIPVisionModel
 
 
-def load_vae(root: Path, device: torch.device | str) -> AutoencoderKLWan:
-    """The VAE of the diffusers folder `root` in fp32; raises ModelError where it is missing or damaged."""
-    return _load(AutoencoderKLWan, root / "vae", device, torch_dtype=torch.float32)
+def load_vae(root: Path, device: torch.device | str, spec: ModelSpec | None = None) -> AutoencoderKLWan:
+    """The VAE of `root`, a folder of components, in fp32: a diffusers folder, or a file with the original names.
+
+    `spec` decides where there are VAEs of several models. Raises ModelError where it is missing, ambiguous or damaged.
+    """
+    component = locate_component(root, "vae", spec.name if spec else "")
+    if component.found is None:
+        return _load(AutoencoderKLWan, component.path, device, torch_dtype=torch.float32)
+    config = _vae_config(VARIANTS[component.found.users[0]])
+    vae = empty_model(lambda: AutoencoderKLWan(**config), component.path)
+    residual, blocks = vae.config.is_residual, vae.config.num_res_blocks
+    original = component.found.names == "original"
+    place = (lambda name: vae_in_original(name, residual, blocks)) if original else Place
+    return _filled(vae, component, component.found, place, device)
 
 
 def normalise_pixels(
@@ -85,72 +112,29 @@ def decode_latents(
     return vae.decode(latents / inverse_std + mean).sample
 
 
-def load_text_encoder(root: Path, device: torch.device | str) -> TextEncoder:
-    """Tokenizer and UMT5 of the diffusers folder `root`, computing in what `text_encoder_types` says.
+def load_image_encoder(root: Path, device: torch.device | str, spec: ModelSpec | None = None) -> ImageEncoder:
+    """CLIP's vision tower of `root`, a folder of components, in fp32; raises ModelError as `load_vae`.
 
-    Tensors are read one after the other, to their final type on `device`: beyond the weights this takes one staging
-    buffer of host memory. Raises ModelError as `load_vae`.
+    A file of its own comes without a processor: then it is CLIP's, which that of the published folders is, too.
     """
-    model = _read_umt5(root / "text_encoder", device)
-    folder = _component(root / "tokenizer", "tokenizer_config.json")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise _unreadable(folder, error) from error
-    return TextEncoder(tokenizer, model)
-
-
-def text_encoder_types(root: Path) -> tuple[torch.dtype, torch.dtype]:
-    """The type of the text encoder's files in the diffusers folder `root`, and that in which it is computed.
-
-    The files' type is the one that its config.json names, else that of its first tensor (as `dtype="auto"` of
-    transformers has it). Raises ModelError where files are missing, damaged or quantised.
-    """
-    folder = root / "text_encoder"
-    return _text_types(folder, _text_config(folder), read_headers(tensor_files(folder)))
-
-
-def computing_type(stored: torch.dtype, width: int) -> torch.dtype:
-    """The type in which a text encoder of this width (d_model) is computed whose files are in `stored`.
-
-    bf16 for files in fp32 of an encoder at least 1024 wide, which the published ones are; else the files' own type.
-    The repositories of Wan2.1 in diffusers' layout hold UMT5-XXL in fp32, 21.2 GiB. Its authors' own release is in bf16
-    (models_t5_umt5-xxl-enc-bf16.pth), and so is diffusers' documented use of those repositories (`torch_dtype` in the
-    examples of pipeline_wan_i2v.py). Values differ from those of fp32 by bf16's rounding.
-    """
-    return torch.bfloat16 if stored == torch.float32 and width >= _LARGE else stored
-
-
-def clean_prompt(prompt: str) -> str:
-    """The text that is encoded for `prompt`: HTML entities resolved, white space single; ftfy applied if installed."""
-    return prompt_clean(prompt)
-
-
-@torch.no_grad()
-def encode_prompt(encoder: TextEncoder, prompt: str) -> Float[Tensor, "tokens dim"]:
-    """UMT5's last hidden state over the prompt's true length (at most 512, its end token included).
-
-    The encoder runs on the padded 512 tokens, as in diffusers' pipeline, so that the values are equal to the bit.
-    """
-    inputs = encoder.tokenizer(
-        clean_prompt(prompt), padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
-    )
-    tokens, mask = inputs.input_ids.to(encoder.model.device), inputs.attention_mask.to(encoder.model.device)
-    length = int(inputs.attention_mask.sum())
-    if length == TEXT_TOKENS:
-        _LOG.warning("prompt reaches the limit of %d tokens, what goes beyond is cut: %.60s...", TEXT_TOKENS, prompt)
-    return encoder.model(tokens, mask).last_hidden_state[0, :length]
-
-
-def load_image_encoder(root: Path, device: torch.device | str) -> ImageEncoder:
-    """CLIP's vision tower of the diffusers folder `root` in fp32; raises ModelError as `load_vae`."""
-    model = _load(CLIPVisionModel, root / "image_encoder", device, dtype=torch.float32)
-    folder = _component(root / "image_processor", "preprocessor_config.json")
-    try:
-        processor = CLIPImageProcessorPil.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise _unreadable(folder, error) from error
-    return ImageEncoder(processor, model)
+    component = locate_component(root, "image_encoder", spec.name if spec else "")
+    found = component.found
+    if found is None:
+        model = _load(CLIPVisionModel, component.path, device, dtype=torch.float32)
+        return ImageEncoder(_processor(root / "image_processor"), model)
+    width = VARIANTS[found.users[0]].spec.image_dim
+    config = CLIPVisionConfig(**next(each for each in _CLIP_CONFIGS if each["hidden_size"] == width))
+    model = empty_model(lambda: CLIPVisionModel(config), component.path)
+    place = {"original": clip_in_original, "open_clip": clip_in_open_clip, "diffusers": Place}[found.names]
+    model = _filled(model, component, found, place, device)
+    # not in the state dict, so `meta` left it without values
+    embeddings = model.embeddings
+    embeddings.position_ids = torch.arange(embeddings.num_positions, device=device).expand((1, -1))
+    if (root / "image_processor").is_dir():
+        return ImageEncoder(_processor(root / "image_processor"), model)
+    side = config.image_size
+    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    return ImageEncoder(CLIPImageProcessorPil(**sizes), model)
 
 
 @torch.no_grad()
@@ -172,80 +156,6 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def fingerprint(folder: Path) -> str:
-    """The identity of a component, whatever its folder is called: sha256 in hex.
-
-    It covers JSON files and vocabularies whole and, of each safetensors file, the header (every name, type and shape),
-    the size, and the first and last MiB of data. Raises ModelError where the folder has none of these files.
-    """
-    files = sorted(file for file in folder.glob("*") if file.suffix in (".json", ".model", ".txt", ".safetensors"))
-    if not files:
-        raise ModelError(Problem("there is no component here", str(folder), "check the path of the model"))
-    digest = hashlib.sha256()
-    for file in files:
-        part = _safetensors_identity(file) if file.suffix == ".safetensors" else file.read_bytes()
-        digest.update(f"{file.name} {len(part)} ".encode())
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def _safetensors_identity(file: Path) -> bytes:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = stream.read(8)
-        header_size = int.from_bytes(length, "little")
-        if header_size > size - 8:
-            raise ModelError(Problem("the file is damaged or cut off", str(file), "download it again"))
-        start = stream.read(header_size + _MIB)
-        stream.seek(max(size - _MIB, 0))
-        return str(size).encode() + length + start + stream.read()
-
-
-def _read_umt5(folder: Path, device: torch.device | str) -> UMT5EncoderModel:
-    config, headers = _text_config(folder), read_headers(tensor_files(folder))
-    _, dtype = _text_types(folder, config, headers)
-    try:
-        with torch.device("meta"):
-            model = UMT5EncoderModel(config)
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise _unreadable(folder, error) from error
-    # one tensor under two names; files have either name, or both
-    named = {_EMBEDDING: headers[_SAME_EMBEDDING]} | headers if _SAME_EMBEDDING in headers else headers
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if name != _SAME_EMBEDDING}
-    wanted = {name: named[name] for name in shapes if name in named}
-    if problems := differences({name: header.shape for name, header in wanted.items()}, shapes, folder):
-        raise ModelError(problems)
-
-    def empty(name: str) -> Tensor:
-        # fp16 overflows there; transformers has it in UMT5PreTrainedModel._keep_in_fp32_modules
-        kept = dtype == torch.float16 and "wo" in name.split(".")
-        return torch.empty(shapes[name], dtype=torch.float32 if kept else dtype, device=device)
-
-    files = {name: WeightFile(h.file, h.start, h.nbytes, _TYPES[h.dtype]) for name, h in wanted.items()}
-    model.load_state_dict(read_weights(files, empty, lambda _name, tensor: tensor), strict=False, assign=True)
-    model.set_input_embeddings(model.shared)
-    return model.eval().requires_grad_(False)
-
-
-def _text_types(
-    folder: Path, config: UMT5Config, headers: Mapping[str, TensorHeader]
-) -> tuple[torch.dtype, torch.dtype]:
-    found = {header.dtype: _TYPES.get(header.dtype) for header in headers.values()}
-    stored: torch.dtype | None = config.dtype or next(iter(found.values()), None)
-    if None in found.values() or stored is None or stored not in _TYPES.values():
-        what = f"its type ({', '.join(found)}; config.json: {config.dtype}) is none that Longtake computes in"
-        raise ModelError(Problem(what, str(folder), "give a text encoder in fp32, bf16 or fp16"))
-    return stored, computing_type(stored, config.d_model)
-
-
-def _text_config(folder: Path) -> UMT5Config:
-    _component(folder, "config.json")
-    try:
-        return UMT5Config.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise _unreadable(folder, error) from error
-
-
 def _latent_statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and 1 / std, [1, channels, 1, 1, 1]; the reciprocal first, as the pipelines do, for the same rounding."""
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1).to(like)
@@ -253,13 +163,12 @@ def _latent_statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Ten
 
 
 def _load(kind: Any, folder: Path, device: torch.device | str, **options: Any) -> Any:
-    _component(folder, "config.json")
     try:
         model, loading = kind.from_pretrained(
             str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True, **options
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise _unreadable(folder, error) from error
+        raise unreadable(folder, error) from error
     # a tensor that the file lacks would be drawn at random, with a log line only
     if missing := sorted(loading["missing_keys"]):
         lacking = f"{len(missing)} tensors are missing, the first is {missing[0]}"
@@ -267,12 +176,26 @@ def _load(kind: Any, folder: Path, device: torch.device | str, **options: Any) -
     return model.eval().requires_grad_(False).to(device)
 
 
-def _component(folder: Path, needed: str) -> Path:
-    if not (folder / needed).is_file():
+def _processor(folder: Path) -> CLIPImageProcessorPil:
+    if not (folder / "preprocessor_config.json").is_file():
         remedy = "give a diffusers folder, or one that has it in model.components"
-        raise ModelError(Problem(f"there is no {folder.name} ({needed})", str(folder.parent), remedy))
-    return folder
+        raise ModelError(Problem(f"there is no {folder.name} (preprocessor_config.json)", str(folder.parent), remedy))
+    try:
+        return CLIPImageProcessorPil.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise unreadable(folder, error) from error
 
 
-def _unreadable(folder: Path, error: Exception) -> ModelError:
-    return ModelError(Problem(f"cannot be loaded: {error}", str(folder), "download the component again"))
+def _vae_config(variant: WanVariant) -> dict[str, Any]:
+    published, small = (VAE_2_2, tiny.VAE_2_2) if variant.vae == "2.2" else (VAE_2_1, tiny.VAE_2_1)
+    return published if variant.hub_id else small
+
+
+def _filled(
+    model: Model, component: Component, found: FoundComponent, place: Callable[[str], Place], device: torch.device | str
+) -> Model:
+    """`model`, which lies on `meta`, in fp32 with the weights of a file."""
+    places = {name: place(name) for name in model.state_dict()}
+    state = read_component(model, (found.tensors, places), lambda _: torch.float32, device, component.path)
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Headers of safetensors files: what tensors a file or a set of shards holds, and where. Needs no torch."""
+"""Headers of weight files: what tensors a file or a set of shards holds, and where. Only pickles need torch."""
 
 import json
 import re
@@ -33,6 +33,7 @@ ITEM_BYTES = {
 
 _HEADER_LIMIT = 100_000_000
 _LENGTH_BYTES = 8
+_ZIP = b"PK\x03\x04"
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 _INDEX = ".safetensors.index.json"
 _USUAL = ("diffusion_pytorch_model", "model")
@@ -40,19 +41,23 @@ _USUAL = ("diffusion_pytorch_model", "model")
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """One tensor: safetensors' type name, shape, and the `nbytes` bytes from `start` on in `file`."""
+    """One tensor: safetensors' type name, shape, and the `nbytes` bytes from `start` on in `file`.
+
+    With a `scale` its values are these times that one's (`scales.with_scales`).
+    """
 
     dtype: str
     shape: tuple[int, ...]
     file: Path
     start: int
     nbytes: int
+    scale: "TensorHeader | None" = None
 
 
 def read_header(path: Path) -> dict[str, TensorHeader]:
-    """Tensors of one safetensors file by name.
+    """Tensors of one safetensors file, or of a state dict that torch saved (`.pth`), by name.
 
-    Raises ModelError, one line, where the file is missing, no safetensors file, truncated, or inconsistent.
+    Raises ModelError, one line, where the file is missing, of another kind, truncated, or inconsistent.
     """
     try:
         if not path.is_file():
@@ -60,6 +65,8 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
         size = path.stat().st_size
         with path.open("rb") as file:
             first = file.read(_LENGTH_BYTES)
+            if first.startswith(_ZIP):
+                return _of_pickle(path)
             length = int.from_bytes(first, "little")
             _check_length(path, first + file.read(64), length, size)
             file.seek(_LENGTH_BYTES)
@@ -153,13 +160,22 @@ def _present(files: list[Path]) -> tuple[Path, ...]:
     return tuple(files)
 
 
+def _of_pickle(path: Path) -> dict[str, TensorHeader]:
+    from longtake.models.wan.pickles import read_pickle
+
+    return read_pickle(path)
+
+
 def _check_length(path: Path, first: bytes, length: int, size: int) -> None:
     if size == 0:
         raise _refused(path, "the file has zero bytes", "download it again")
     if first.startswith(b"version https://git-lfs"):
         raise _refused(path, "this is a Git LFS pointer, not the weights", "run git lfs pull")
-    if first.startswith((b"PK\x03\x04", b"\x80\x02")):
-        raise _refused(path, "this is a pickle (.pt, .pth), not a safetensors file", "convert it to safetensors")
+    # a header of 1152 bytes begins with 80 04, too, but after the length comes its brace
+    if first[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and first[8:9] != b"{":
+        raise _refused(path, "this is a bare pickle, which is not read", "use the safetensors file of the same model")
+    if first.startswith(b"GGUF"):
+        raise _refused(path, "this is a GGUF file, which is not read", "use a safetensors file of the same model")
     if size < _LENGTH_BYTES or length > _HEADER_LIMIT or first[8:9] not in (b"{", b""):
         raise _refused(path, "this is not a safetensors file")
     if _LENGTH_BYTES + length > size:

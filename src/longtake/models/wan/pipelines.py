@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipel
 from torch import Tensor
 
 from longtake.models.spec import ModelSpec
+from longtake.models.wan.first_and_rest import first_and_rest
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -43,6 +45,15 @@ def image_pipeline(
     pipeline.inputs = inputs
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@contextmanager
+def few_timesteps(transformers: Iterable[WanTransformer3DModel]) -> Iterator[None]:
+    """Inside the context a pipeline's timesteps [batch, tokens] take no more than two would (`first_and_rest`)."""
+    with ExitStack() as each:
+        for transformer in transformers:
+            each.enter_context(first_and_rest(transformer))
+        yield
 
 
 class _ReadyImagePipeline(WanImageToVideoPipeline):

@@ -7,6 +7,7 @@ from pathlib import Path
 from longtake.errors import ModelError, Problem
 from longtake.models.wan.headers import TensorHeader, listed
 from longtake.models.wan.keys import to_diffusers
+from longtake.models.wan.scales import is_scale
 from longtake.models.wan.variants import VARIANTS, WanVariant
 
 Shape = tuple[int, ...]
@@ -14,7 +15,6 @@ Shape = tuple[int, ...]
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 """What ComfyUI puts before the names of a transformer's tensors."""
 
-_SCALES = (".scale_weight", ".scale_input", ".weight_scale", ".input_scale", ".comfy_quant")
 _UNUSED = ("norm_added_q", "norm_q_img")
 _BLOCK_INDEX = re.compile(r"blocks\.(\d+)\.")
 _OTHERS = {
@@ -24,16 +24,17 @@ _OTHERS = {
     "face_encoder": "a Wan Animate model",
     "pose_patch_embedding": "a Wan Animate model",
     "casual_audio_encoder": "a Wan speech-to-video model",
+    "trainable_cond_mask": "a Wan speech-to-video model",
     "audio_injector": "a Wan speech-to-video model",
     "audio_proj": "an audio-driven Wan model",
+    "audio_cross_attn": "an audio-driven Wan model",
+    "cam_encoder": "a camera-controlled Wan model",
+    "fps_embedding": "a SkyReels diffusion-forcing model",
     "control_adapter": "a Wan Fun Control-Camera model",
     "ref_conv": "a Wan Fun Control model",
 }
-
-
-def is_scale(name: str) -> bool:
-    """Whether a tensor belongs to a quantisation with scales rather than to the model."""
-    return name.endswith(_SCALES) or name == "scaled_fp8"
+_OF_CONTROL = {48: "a Wan2.1 Fun Control model", 52: "a Wan2.2 Fun Control model"}
+"""By input channels, where the outputs are 16: beside the image's condition they take a control video's latents."""
 
 
 def without_prefix(tensors: Mapping[str, TensorHeader], prefix: str) -> dict[str, TensorHeader]:
@@ -81,18 +82,30 @@ def candidates(shapes: Mapping[str, Shape], where: Path) -> tuple[str, ...]:
     names = tuple(name for name, variant in VARIANTS.items() if _agrees(found, variant))
     if not names:
         held = ", ".join(f"{name} {value}" for name, value in found.items() if value is not None)
-        raise ModelError(Problem(f"no Wan model has {held}", str(where), trained()))
+        control = _OF_CONTROL.get(found["in_channels"] or 0) if found["out_channels"] == 16 else None
+        what = f"this is {control} (it has {held})" if control else f"no Wan model has {held}"
+        raise ModelError(Problem(what, str(where), trained()))
     if problems := differences(shapes, VARIANTS[names[0]].parameter_shapes(), where):
         raise ModelError(problems)
     return names
 
 
 def differences(found: Mapping[str, Shape], expected: Mapping[str, Shape], where: Path) -> list[Problem]:
-    """Parameters that are missing, unexpected, or of another shape: one Problem for each kind that occurs."""
+    """Parameters that are missing, unexpected, or of another shape: one Problem for each kind that occurs.
+
+    Missing and unexpected ones are one: they may be the same under another name.
+    """
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
     both = [name for name in expected if name in found and found[name] != expected[name]]
     reshaped = [f"{name} {list(found[name])} instead of {list(expected[name])}" for name in both]
+    if missing and unexpected:
+        renamed = f"{len(missing)} parameters are missing: {listed(missing)}"
+        renamed += f", and {len(unexpected)} tensors are not this transformer's: {listed(unexpected)}"
+        problems = [Problem(renamed, str(where), trained())]
+        return problems + differences(
+            {name: found[name] for name in both}, {name: expected[name] for name in both}, where
+        )
     kinds = (
         ("parameters are missing", missing, "download it again"),
         ("tensors are not this transformer's", unexpected, trained()),

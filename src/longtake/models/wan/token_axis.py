@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
 from torch import Tensor
+
+from longtake.models.wan.first_and_rest import FirstAndRest, first_and_rest
 
 Own: TypeAlias = Callable[[int], slice]
 """The part of so many tokens that is one's own."""
 
 
+def held_once(transformer: Any) -> AbstractContextManager[None]:
+    """Inside the context what is made of a timestep is not there for each of its tokens."""
+    return first_and_rest(transformer)
+
+
 def entries() -> dict[str, Callable[[Any, Own], Any]]:
     """Modules that give something for every token, and how it is cut."""
-    return {"rope": _tables, "patch_embedding": _patches}
-
-
-def given() -> dict[str, Callable[[tuple[Any, ...], dict[str, Any], Own], tuple[Any, dict[str, Any]]]]:
-    """Modules that are given something for every token, and how the arguments of their call are cut."""
-    return {"condition_embedder": _timesteps}
+    return {"rope": _tables, "patch_embedding": _patches, "condition_embedder": _embedded}
 
 
 def leaving() -> str:
@@ -37,12 +40,12 @@ def _tables(output: tuple[Tensor, ...], own: Own) -> tuple[Tensor, ...]:
     return tuple(table[:, own(table.shape[1])].clone() for table in output)
 
 
-def _timesteps(arguments: tuple[Any, ...], keywords: dict[str, Any], own: Own) -> tuple[Any, dict[str, Any]]:
-    """Timesteps [batch * tokens], where the first frame is given: embedded and modulated are then own tokens alone."""
-    timesteps, *others = arguments
-    tokens = keywords["timestep_seq_len"]
-    if tokens is None:
-        return arguments, keywords
-    part = own(tokens)
-    own_timesteps = timesteps.view(-1, tokens)[:, part].flatten()
-    return (own_timesteps, *others), keywords | {"timestep_seq_len": part.stop - part.start}
+def _embedded(output: tuple[Any, ...], own: Own) -> tuple[Any, ...]:
+    """The time embedding, and what blocks make their modulation of, where tokens have timesteps of their own."""
+    return (*(_own_rows(each, own) for each in output[:2]), *output[2:])
+
+
+def _own_rows(embedded: Tensor | FirstAndRest, own: Own) -> Tensor | FirstAndRest:
+    if isinstance(embedded, FirstAndRest):
+        return embedded.of(own(embedded.tokens))
+    return embedded[:, own(embedded.shape[1])] if embedded.ndim == 3 else embedded

@@ -2,37 +2,32 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
-from safetensors.torch import save_file
 from torch import Tensor
 
 from longtake.config.schema import ModelConfig
 from longtake.errors import ModelError, Problem
 from longtake.files import STAGED, write_file, write_folder
 from longtake.models.hub import MODELSCOPE, fetch
-from longtake.models.wan.detection import EXPERT_FOLDERS, Checkpoint, decide, detect, tensors_of
-from longtake.models.wan.headers import TensorHeader
+from longtake.models.tensor_writing import lazy, write_tensors
+from longtake.models.wan.component_files import holds_components, surrounding_components
+from longtake.models.wan.detection import EXPERT_FOLDERS, Checkpoint, decide, detect, detect_experts, tensors_of
 from longtake.models.wan.keys import to_original
 from longtake.models.wan.signature import differences
 from longtake.models.wan.variants import KEEP_FP32, VARIANTS, WanVariant, variant
+from longtake.models.wan.weight_places import located
 from longtake.models.weight_files import WeightFile, read_weights
 
-_TORCH_TYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 _COMPONENTS = ("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor", "scheduler")
+_ORIGINAL_COMPONENTS = ("Wan2.*_VAE.pth", "models_t5_*.pth", "models_clip_*.pth", "google/umt5-xxl/*")
 _FREE_KEYS = ("eps", "rope_max_seq_len")
 
 
@@ -41,8 +36,8 @@ class ModelFiles:
     """A model on this machine.
 
     `transformers` maps `transformer` and `transformer_2` to a diffusers component folder, a folder of shards or a
-    safetensors file. `root` is the diffusers folder with `vae`, `text_encoder` and the other components, None where
-    the model is a transformer alone and no components were given.
+    safetensors file. `root` is the folder of VAE and encoders, a diffusers one, an original release, or ComfyUI's
+    `models`; None where the model is a transformer alone and no components were given.
     """
 
     variant: WanVariant
@@ -57,16 +52,23 @@ def locate(model: ModelConfig, bundled: Callable[[str], Path], report: Callable[
     which expert they are and the config does not say.
     """
     if model.path:
-        path, wanted = Path(model.path).expanduser(), model.name
-        if not path.exists():
-            raise ModelError(Problem(f"there is no {path}", "model.path"))
+        path, wanted, found = Path(model.path).expanduser(), model.name, detect_given(model)
     else:
         path, wanted = _named(model, bundled, report)
-    found = detect(path)
+        found = detect(path)
     chosen = decide(found, path, wanted)
     transformers = found.experts or {_expert(model.expert, chosen, path): path}
-    own_root = path if (path / "model_index.json").is_file() else None
-    return ModelFiles(chosen, transformers, _components(model.components, bundled, report) or own_root)
+    root = _components(model.components, bundled, report) or surrounding_components(path)
+    return ModelFiles(chosen, transformers, root)
+
+
+def detect_given(model: ModelConfig) -> Checkpoint:
+    """What lies at `model.path`, and at `model.low_noise_path` if it is given; raises ModelError as `detect` does."""
+    paths = {"path": model.path, "low_noise_path": model.low_noise_path}
+    found = {key: Path(text).expanduser() for key, text in paths.items() if text}
+    if lacking := [Problem(f"there is no {path}", f"model.{key}") for key, path in found.items() if not path.exists()]:
+        raise ModelError(lacking)
+    return detect_experts(*found.values()) if len(found) == 2 else detect(found["path"])
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,8 @@ def load_transformer(
     """The frozen transformer `component` in eval mode, in `dtype` but for what diffusers keeps in fp32, on `device`.
 
     Tensors are read one after the other with plain reads: beyond the final weights this takes one tensor and a few
-    dozen MiB of host memory. Raises ModelError where the file is damaged, quantised with scales, or where parameters
-    are missing, superfluous, or of another shape.
+    dozen MiB of host memory. Those with scales are multiplied by them. Raises ModelError where the file is damaged or
+    quantised otherwise, or where parameters are missing, superfluous, or of another shape.
     """
     found = _detected(files, component)
     path = files.transformers[component]
@@ -113,7 +115,7 @@ def load_transformer(
         place = places[name] or torch.device("meta")
         return torch.empty(shapes[name], dtype=torch.float32 if kept else dtype, device=place)
 
-    wanted = {name: weight for name, weight in _located(tensors).items() if places[name] is not None}
+    wanted = {name: weight for name, weight in located(tensors).items() if places[name] is not None}
     unread = {name: empty(name) for name, place in places.items() if place is None}
     transformer.load_state_dict(unread | read_weights(wanted, empty, loading.convert), assign=True)
     # Not in the state dict, so the one part that `meta` left without values.
@@ -128,23 +130,29 @@ def weight_files(files: ModelFiles, component: str) -> dict[str, WeightFile]:
 
     Raises ModelError as `load_transformer` does for the files' headers.
     """
-    return _located(tensors_of(_detected(files, component)))
+    return located(tensors_of(_detected(files, component)))
 
 
 def save_transformer(
-    transformer: WanTransformer3DModel, folder_or_file: Path, layout: Literal["diffusers", "original"]
+    transformer: WanTransformer3DModel,
+    folder_or_file: Path,
+    layout: Literal["diffusers", "original"],
+    max_shard_bytes: int | None = None,
 ) -> None:
     """Writes all weights, whole or not at all: a diffusers component folder, or one file with the original names.
 
-    An earlier transformer in that place is replaced. Raises ModelError where something else is there, RunError where
-    the disk refuses.
+    The folder's files have at most `max_shard_bytes` each, without it as many as diffusers chooses. An earlier
+    transformer in that place is replaced. Raises ModelError where something else is there, RunError where the disk
+    refuses.
     """
     if layout == "original":
-        state = {to_original(name): tensor.contiguous() for name, tensor in transformer.state_dict().items()}
-        write_file(folder_or_file, lambda staged: save_file(state, staged, metadata={"format": "pt"}))
+        tensors = {to_original(name): lazy(tensor) for name, tensor in transformer.state_dict().items()}
+        write_file(folder_or_file, lambda staged: write_tensors(staged, tensors))
         return
+    sizes: dict[str, Any] = {} if max_shard_bytes is None else {"max_shard_size": max_shard_bytes}
+    save = partial(transformer.save_pretrained, **sizes)
     if not folder_or_file.exists():
-        write_folder(folder_or_file, transformer.save_pretrained)
+        write_folder(folder_or_file, save)
         return
     if not (folder_or_file / "config.json").is_file():
         raise ModelError(Problem("is there already and is no transformer", str(folder_or_file), "give another place"))
@@ -153,7 +161,7 @@ def save_transformer(
     )
     for leftover in (latest, previous):
         shutil.rmtree(leftover, ignore_errors=True)
-    write_folder(latest, transformer.save_pretrained)
+    write_folder(latest, save)
     folder_or_file.rename(previous)
     latest.rename(folder_or_file)
     shutil.rmtree(previous, ignore_errors=True)
@@ -163,7 +171,9 @@ def _named(model: ModelConfig, bundled: Callable[[str], Path], report: Callable[
     """The folder of a variant's name or a hub id, and what it says of the variant."""
     if model.name in VARIANTS and not VARIANTS[model.name].hub_id:
         return bundled(model.name), model.name
-    published = {row.hub_id: row for row in VARIANTS.values() if row.hub_id}
+    # the authors' own releases have the same ids without the ending
+    diffusers = {row.hub_id: row for row in VARIANTS.values() if row.hub_id}
+    published = diffusers | {hub_id[: -len("-Diffusers")]: row for hub_id, row in diffusers.items()}
     known = VARIANTS.get(model.name) or published.get(model.name.removeprefix(MODELSCOPE))
     if known is None and "/" not in model.name:
         variant(model.name)
@@ -186,16 +196,16 @@ def _components(value: str, bundled: Callable[[str], Path], report: Callable[[st
         root = fetch(VARIANTS[value].hub_id if value in VARIANTS else value, _component_patterns(), report)
     else:
         raise ModelError(Problem(f"there is no folder or model {value}", "model.components"))
-    if not (root / "vae").is_dir():
-        raise ModelError(
-            Problem(f"{root} has no folder vae", "model.components", "give a diffusers folder or its hub id")
-        )
+    if not holds_components(root):
+        remedy = "give a diffusers folder, an original release, ComfyUI's folder models, or a hub id"
+        raise ModelError(Problem(f"{root} has no folder vae and no file of a VAE", "model.components", remedy))
     return root
 
 
 def _component_patterns() -> list[str]:
     kinds = ("*.json", "*.safetensors", "*.model", "*.txt")
-    return ["model_index.json", *(f"{component}/{kind}" for component in _COMPONENTS for kind in kinds)]
+    folders = (f"{component}/{kind}" for component in _COMPONENTS for kind in kinds)
+    return ["model_index.json", *folders, *_ORIGINAL_COMPONENTS]
 
 
 def _patterns(expert: str) -> list[str]:
@@ -211,16 +221,14 @@ def _expert(expert: str, chosen: WanVariant, path: Path) -> str:
         return experts[0]
     if expert == "both":
         what = f"this is one of the two transformers of {chosen.name}, the file does not tell which"
-        raise ModelError(Problem(what, str(path), 'set model.expert to "high" or "low", or give the folder with both'))
+        remedy = 'set model.expert to "high" or "low", or give the other as model.low_noise_path'
+        raise ModelError(Problem(what, str(path), remedy))
     return experts[0 if expert == "high" else 1]
 
 
-def _check_types(found: Checkpoint, path: Path) -> None:
+def _check_kind(found: Checkpoint, path: Path) -> None:
     if found.kind != "transformer":
         raise ModelError(Problem(f"this is a {found.kind}, not a transformer", str(path)))
-    if found.dtype.endswith("with scales"):
-        what = f"the weights are {found.dtype}, which Longtake does not load"
-        raise ModelError(Problem(what, str(path), "use the bf16 or fp16 file of the same model"))
 
 
 def _config(found: Checkpoint, path: Path, chosen: WanVariant) -> dict[str, Any]:
@@ -246,17 +254,5 @@ def _detected(files: ModelFiles, component: str) -> Checkpoint:
         raise ModelError(Problem(what, "model", "give the folder with both transformers"))
     path = files.transformers[component]
     found = detect(path)
-    _check_types(found, path)
+    _check_kind(found, path)
     return found
-
-
-def _located(tensors: Mapping[str, TensorHeader]) -> dict[str, WeightFile]:
-    """Layouts differ in names alone, so that a tensor's bytes are the parameter's, row by row."""
-    quantised = [(name, header) for name, header in tensors.items() if header.dtype not in _TORCH_TYPES]
-    if quantised:
-        name, header = quantised[0]
-        raise ModelError(Problem(f"{name} is of type {header.dtype}: a quantised file", str(header.file)))
-    return {
-        name: WeightFile(header.file, header.start, header.nbytes, _TORCH_TYPES[header.dtype])
-        for name, header in tensors.items()
-    }
