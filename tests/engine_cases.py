@@ -50,7 +50,8 @@ ENGINES: dict[int, list[dict[str, Any]]] = {
 class Case:
     """One training under `parallel`, that of a config, and `memory`.
 
-    A `gradient_factor` other than 1 is a mistake: losses go backward times it.
+    `adapters` are further keys of [lora]; with some, B learns faster than A. A `gradient_factor` other than 1 is a
+    mistake: losses go backward times it.
     """
 
     parallel: dict[str, Any] = field(default_factory=lambda: {"strategy": "single"})
@@ -61,6 +62,7 @@ class Case:
     steps: int = 20
     memory: dict[str, Any] = field(default_factory=lambda: PLAIN)
     gradient_factor: float = 1.0
+    adapters: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def reference(self) -> "Case":
@@ -85,15 +87,17 @@ class Case:
             {"sgd": "SGD", "adamw": "AdamW"}[self.optimizer],
             self.precision,
             *(f"{key} = {value}" for key, value in self.memory.items() if value != "none"),
+            *(f"{key} = {value}" for key, value in self.adapters.items()),
             *([f"gradients x {self.gradient_factor}"] if self.gradient_factor != 1 else []),
         ]
         return ", ".join(told)
 
     def config(self) -> RunConfig:
         """A run's, with data and output that nobody looks at."""
+        lora = {"rank": 4, "alpha": 4.0, "targets": ["attention", "ffn", "image"], **self.adapters}
         sections: dict[str, Any] = {
             "model": {"name": "tiny-i2v", "dtype": self.precision},
-            "lora": {"rank": 4, "alpha": 4.0, "targets": ["attention", "ffn", "image"]} if self.lora else None,
+            "lora": lora if self.lora else None,
             "training": {
                 "steps": self.steps,
                 "global_batch_size": GLOBAL_BATCH,
@@ -103,6 +107,7 @@ class Case:
                 "warmup_steps": 4,
                 "weight_decay": 0.1,
                 "clip_norm": self.clip_norm,
+                "lora_plus_ratio": 4.0 if self.adapters else 1.0,
             },
             "memory": self.memory,
             "parallel": self.parallel,

@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 
+from longtake import cli_export
 from longtake import cli_options as options
 from longtake.errors import ConfigError, LongtakeError, Problem
 
@@ -203,7 +204,10 @@ def sample(
     out: Annotated[Path, typer.Option(help="The mp4 to write.")],
     run: Annotated[Optional[Path], typer.Option(help="A run's folder: its model with its adapter.")] = None,  # noqa: UP045
     model: Annotated[str, typer.Option(help="Variant name, path or hub id.")] = "",
-    lora: Annotated[Optional[Path], typer.Option(help="A LoRA file in any format.")] = None,  # noqa: UP045
+    loras: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option("--lora", help="A LoRA file in any format; of a model of two transformers, one for each."),
+    ] = None,
     image: Annotated[Optional[Path], typer.Option(help="First frame.")] = None,  # noqa: UP045
     last_image: Annotated[Optional[Path], typer.Option("--last-image", help="Last frame.")] = None,  # noqa: UP045
     num_frames: Annotated[Optional[int], typer.Option("--num-frames", "--num_frames")] = None,  # noqa: UP045
@@ -216,33 +220,18 @@ def sample(
     """Make a video with a run's adapter, or with a model and a LoRA file."""
     if (run is None) == (not model):
         raise ConfigError(Problem("give either --run or --model", "longtake sample", "not both, not neither"))
-    if run is not None and lora is not None:
+    if run is not None and loras:
         raise ConfigError(Problem("a run has its own adapter", "--lora", "use --model with --lora"))
     _quiet_libraries()
     from longtake.progress import Reporter
     from longtake.training.results import Wish, sample_to_file
 
     wish = Wish(prompt, negative_prompt, image, last_image, num_frames, size, steps, guidance_scale, seed)
-    sample_to_file(run, model, lora, wish, out, Reporter())
+    sample_to_file(run, model, loras or [], wish, out, Reporter())
     print(out)
 
 
-@app.command()
-def export(
-    run: Annotated[Path, typer.Option(help="A run's folder.")],
-    form: Annotated[str, typer.Option("--format", help="comfyui, diffusers or kohya.")],
-    out: Annotated[Path, typer.Option(help="File (or, for merged diffusers weights, folder) to write.")],
-    merge: Annotated[bool, typer.Option("--merge", help="Write full weights with the adapter in them.")] = False,
-) -> None:
-    """Write a run's adapter for other tools, or full weights with it merged in."""
-    if form not in ("comfyui", "diffusers", "kohya"):
-        raise ConfigError(Problem(f"there is no format {form!r}", "--format", "use comfyui, diffusers or kohya"))
-    _quiet_libraries()
-    from longtake.progress import Reporter
-    from longtake.training.results import export as export_run
-
-    export_run(run, form, merge, out, Reporter())  # type: ignore[arg-type]  # checked above
-    print(out)
+cli_export.register(app)
 
 
 @app.command()

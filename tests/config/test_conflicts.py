@@ -77,7 +77,6 @@ def test_a_micro_batch_that_divides_is_fine(micro: int) -> None:
             {"memory": {"block_swap": 4, "checkpoint_every": 3}},
             "memory.block_swap: 4 blocks through a ring of 4 buffers save nothing; use 0, or at least 5",
         ),
-        ({"memory": {"block_swap_from": "disk"}}, "memory.block_swap_from: it would be ignored; set memory.block_swap"),
         (
             {"memory": {"slices": 2, "checkpoint_every": 2}},
             "memory.checkpoint_every: a block in slices is a segment of its own; leave it out, or memory.slices and",
@@ -215,3 +214,23 @@ def test_all_conflicts_come_at_once() -> None:
         "parallel.sp",
     ]
     assert caught.value.exit_status == 2
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ([[3, 1, 8]], "lora.block_ranks: block 1 is before block 3; write [first, last, rank]"),
+        ([[0, 4, 8], [4, 6, 2]], "lora.block_ranks: block 4 has two ranks; let no two ranges overlap"),
+        ([[7, 9, 8], [0, 20, 2]], "lora.block_ranks: block 7 has two ranks; let no two ranges overlap"),
+    ],
+)
+def test_ranges_of_blocks_run_upwards_and_do_not_overlap(ranks: list[list[int]], message: str) -> None:
+    assert said(lora={"block_ranks": ranks}) == [message]
+    assert said(lora={"block_ranks": [[5, 9, 8], [0, 4, 2]]}) == []
+
+
+def test_a_ratio_of_learning_rates_needs_adapters() -> None:
+    ratio = {"lora_plus_ratio": 16.0}
+    assert said(training=ratio) == []
+    message = "training.lora_plus_ratio: there are no adapters; leave it out, or add a section [lora]"
+    assert said(lora=None, training=ratio) == [message]

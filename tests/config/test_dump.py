@@ -37,7 +37,14 @@ SECTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "size": st.tuples(POSITIVE, POSITIVE),
         "frames_schedule": st.lists(st.tuples(WHOLE, POSITIVE), max_size=3),
     },
-    "lora": {"rank": POSITIVE, "alpha": ABOVE_ZERO, "targets": st.lists(FILLED, min_size=1, max_size=3)},
+    "lora": {
+        "rank": POSITIVE,
+        "alpha": ABOVE_ZERO,
+        "targets": st.lists(FILLED, min_size=1, max_size=3),
+        "block_ranks": st.lists(st.tuples(WHOLE, WHOLE, POSITIVE), max_size=3),
+        "dora": st.booleans(),
+        "start_from": st.lists(PATHS, max_size=2),
+    },
     "training": {"steps": POSITIVE, "learning_rate": ABOVE_ZERO, "weight_decay": st.floats(0, 1e9), "seed": WHOLE},
     "memory": MEMORY | {"fallbacks": st.lists(st.fixed_dictionaries({}, optional=MEMORY), max_size=2)},
     "validation": {

@@ -27,7 +27,7 @@ from longtake.models.libraries import quiet_libraries
 from longtake.training.batch import Batch, Sample, collate, summed_loss
 from longtake.training.flow_matching import draw, generator_for
 from longtake.training.model import TrainedModel, build_model, find_model
-from longtake.training.optimizer import allocate_states, build_optimizer, learning_rate
+from longtake.training.optimizer import allocate_states, build_optimizer, learning_rate, set_rate
 from longtake.training.precision import compute_in
 
 BUCKET = (9, 48, 80)
@@ -76,8 +76,7 @@ class _Training:
     def step(self, step: int) -> tuple[float, float, bool]:
         """Loss, norm of the gradient, and whether the update was left out."""
         backend, training, ranks = self.backend, self.config.training, self.ranks
-        for group in backend.optimizer.param_groups:
-            group["lr"] = learning_rate(step, training)
+        set_rate(backend.optimizer, learning_rate(step, training))
         (loss,) = ranks.summed(self._accumulate(step) / self.config.parallel.sp)
         norm = backend.clip(training.clip_norm)
         skip = not (math.isfinite(loss) and math.isfinite(norm))

@@ -11,6 +11,8 @@ FULL: dict[str, Any] = {"lora": False, "optimizer": "adamw", "clip_norm": 1.0}
 SLICED: dict[str, Any] = {"memory": {"slices": 3, "attention_head_groups": 2}, "steps": 6}
 KEPT: dict[str, Any] = {"memory": {"gradient_checkpointing": "block_keep_attention", "activation_offload": "host"}}
 FP16: dict[str, Any] = {"precision": "fp16", "steps": 6}
+UNLIKE: dict[str, Any] = {"adapters": {"dora": True, "rslora": True, "block_ranks": [[1, 2, 6]]}, "steps": 6}
+"""Every kind of adapter at once, and B learns faster than A."""
 CLASSES = {
     "ddp": ("DataParallel", "DistributedDataParallel"),
     "fsdp2": ("FullyShardedData", "FSDPWanTransformer3DModel"),
@@ -42,6 +44,9 @@ ON_TWO = [
     case("ddp", sp=2),
     case("ddp", SLICED, sp=2),
     case("fsdp2", KEPT | {"steps": 6}, sp=2),
+    case("ddp", FULL | UNLIKE | {"lora": True}, sp=2),
+    case("fsdp2", SLICED | FULL | UNLIKE | {"lora": True}),
+    case("deepspeed_stage_3", FULL | UNLIKE | {"lora": True}),
 ]
 WRONG = [wrong("sgd"), wrong("adamw")]
 ON_FOUR = [

@@ -46,15 +46,15 @@ def trained(build: Build) -> Callable[..., WanTransformer3DModel]:
 
 
 @pytest.fixture
-def velocity() -> Callable[[WanTransformer3DModel], Tensor]:
+def velocity() -> Callable[..., Tensor]:
     """The transformer's output for inputs that are always the same."""
 
-    def run(transformer: WanTransformer3DModel) -> Tensor:
+    def run(transformer: WanTransformer3DModel, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
         config = transformer.config
         generator = torch.Generator().manual_seed(5)
-        draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+        draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)  # noqa: E731
         image = draw(1, 17, config.image_dim) if config.image_dim else None
-        with torch.no_grad():
+        with torch.set_grad_enabled(grad):
             return transformer(
                 hidden_states=draw(1, config.in_channels, 2, 4, 4),
                 timestep=torch.tensor([500.0]),

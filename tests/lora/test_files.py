@@ -4,27 +4,18 @@ import struct
 
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler, WanPipeline
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from longtake.config.schema import LoraConfig
 from longtake.errors import ModelError, RunError
-from longtake.lora import adapter_state, attach_adapter, read_adapter, save_adapter
+from longtake.lora import adapter_state, attach_adapter, read_adapter, save_adapter, trained_adapter
+from lora_pipelines import pipeline_of
 
 FORMATS = ("comfyui", "diffusers", "kohya")
 FULL = LoraConfig(rank=4, alpha=8.0, targets=("attention", "ffn"))
 IMAGE = LoraConfig(rank=4, alpha=8.0, targets=("attention", "ffn", "image"))
-
-
-def pipeline_of(transformer):
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-    return WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=transformer)
-
-
-def plain_tensors(state):
-    return {key: value.clone() for key, value in state.items()}
 
 
 @pytest.fixture
@@ -34,7 +25,7 @@ def saved(tmp_path, trained):
     def save(form):
         state = adapter_state(trained("tiny-t2v", FULL))
         path = tmp_path / f"{form}.safetensors"
-        save_adapter(path, state, 8.0, form, {})
+        save_adapter(path, trained_adapter(state, FULL, {}), form)
         return path, state
 
     return save
@@ -45,7 +36,7 @@ def saved(tmp_path, trained):
 def test_diffusers_loads_the_file_and_gives_exactly_our_output(tmp_path, build, trained, velocity, form, model, lora):
     transformer = trained(model, lora)
     path = tmp_path / "adapter.safetensors"
-    save_adapter(path, adapter_state(transformer), 8.0, form, {})
+    save_adapter(path, trained_adapter(adapter_state(transformer), lora, {}), form)
     plain = build(model)
     before = velocity(plain)
     if (form, model, lora) == ("diffusers", "tiny-i2v", FULL):
@@ -63,7 +54,7 @@ def test_diffusers_rounds_once_where_alpha_over_rank_is_no_power_of_two(tmp_path
     lora = LoraConfig(rank=4, alpha=3.3, targets=("attention",))
     transformer = trained("tiny-t2v", lora)
     path = tmp_path / "adapter.safetensors"
-    save_adapter(path, adapter_state(transformer), 3.3, "comfyui", {})
+    save_adapter(path, trained_adapter(adapter_state(transformer), lora, {}), "comfyui")
     plain = build("tiny-t2v")
     pipeline_of(plain).load_lora_weights(tmp_path, weight_name=path.name)
     torch.testing.assert_close(velocity(plain), velocity(transformer), rtol=1e-4, atol=1e-5)
@@ -72,11 +63,11 @@ def test_diffusers_rounds_once_where_alpha_over_rank_is_no_power_of_two(tmp_path
 @pytest.mark.parametrize("form", FORMATS)
 def test_every_format_comes_back_bit_for_bit(tmp_path, trained, form):
     state = adapter_state(trained("tiny-i2v", IMAGE))
-    save_adapter(tmp_path / "a.safetensors", state, 8.0, form, {"longtake.model": "tiny-i2v"})
+    save_adapter(tmp_path / "a.safetensors", trained_adapter(state, IMAGE, {"longtake.model": "tiny-i2v"}), form)
     adapter = read_adapter(tmp_path / "a.safetensors")
     assert adapter.state.keys() == state.keys()
     assert all(torch.equal(adapter.state[key], value) for key, value in state.items())
-    assert (adapter.alpha, adapter.rank, len(adapter.modules)) == (8.0, 4, 24)
+    assert (set(adapter.alphas.values()), adapter.rank, len(adapter.modules)) == ({8.0}, 4, 24)
     assert adapter.metadata["longtake.model"] == "tiny-i2v"
 
 
@@ -111,7 +102,7 @@ def test_every_format_comes_back_bit_for_bit(tmp_path, trained, form):
 )
 def test_the_keys_are_those_that_the_programs_look_for(tmp_path, trained, form, keys):
     path = tmp_path / "a.safetensors"
-    save_adapter(path, adapter_state(trained("tiny-i2v", IMAGE)), 8.0, form, {})
+    save_adapter(path, trained_adapter(adapter_state(trained("tiny-i2v", IMAGE)), IMAGE, {}), form)
     tensors = load_file(path)
     assert keys <= tensors.keys()
     assert len(tensors) == 24 * (2 if form == "diffusers" else 3)
@@ -122,7 +113,7 @@ def test_the_keys_are_those_that_the_programs_look_for(tmp_path, trained, form, 
 def test_the_header_tells_rank_alpha_and_what_the_caller_adds(tmp_path, trained):
     path = tmp_path / "a.safetensors"
     metadata = {"ss_base_model_version": "wan2.2", "longtake.model": "tiny-t2v"}
-    save_adapter(path, adapter_state(trained("tiny-t2v", FULL)), 8.0, "comfyui", metadata)
+    save_adapter(path, trained_adapter(adapter_state(trained("tiny-t2v", FULL)), FULL, metadata), "comfyui")
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
     assert header.items() >= metadata.items()
@@ -136,7 +127,7 @@ def test_equal_adapters_give_equal_bytes_whatever_their_names_and_the_order_of_t
     metadata = {f"longtake.{letter}": letter for letter in "abcdefgh"}
     paths = [tmp_path / "one" / "a.safetensors", tmp_path / "two" / "b.safetensors"]
     for path in paths:
-        save_adapter(path, state, 8.0, form, metadata)
+        save_adapter(path, trained_adapter(state, FULL, metadata), form)
         metadata = dict(reversed(metadata.items()))
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
@@ -146,15 +137,16 @@ def test_an_adapter_that_is_not_finite_leaves_the_old_file_as_it_was(saved):
     before = path.read_bytes()
     state["blocks.1.ffn.net.2.lora_B.weight"][3, 1] = float("nan")
     with pytest.raises(RunError, match=r"blocks\.1\.ffn\.2\.lora_B"):
-        save_adapter(path, state, 8.0, "comfyui", {})
+        save_adapter(path, trained_adapter(state, FULL, {}), "comfyui")
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_name_that_cannot_be_written_is_an_error_of_one_line(tmp_path, trained):
     (tmp_path / "a.safetensors").mkdir()
+    adapter = trained_adapter(adapter_state(trained("tiny-t2v", FULL)), FULL, {})
     with pytest.raises(RunError) as caught:
-        save_adapter(tmp_path / "a.safetensors", adapter_state(trained("tiny-t2v", FULL)), 8.0, "kohya", {})
+        save_adapter(tmp_path / "a.safetensors", adapter, "kohya")
     assert len(str(caught.value).splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
@@ -179,7 +171,7 @@ def test_other_trainers_spellings_are_read_with_alpha_as_the_rank(tmp_path, trai
         tensors[spelling.format(module=module, original=to_original(module), half=half)] = value
     save_file(tensors, tmp_path / "a.safetensors")
     adapter = read_adapter(tmp_path / "a.safetensors")
-    assert adapter.alpha == 4
+    assert set(adapter.scales.values()) == {1.0}
     assert all(torch.equal(adapter.state[key], value) for key, value in state.items())
 
 
@@ -197,7 +189,7 @@ def test_layers_of_other_ranks_and_alphas_keep_their_own_scale(tmp_path, build, 
             tensors[f"transformer.{name}.alpha"] = torch.tensor(alpha)
     save_file(tensors, tmp_path / "a.safetensors")
     adapter = read_adapter(tmp_path / "a.safetensors")
-    assert (adapter.rank, adapter.alpha, set(scales.values())) == (4, 4.0, {2.0, 0.25})
+    assert (set(adapter.ranks.values()), adapter.scales, set(scales.values())) == ({3, 4}, scales, {2.0, 0.25})
     other = build("tiny-t2v")
     attach_adapter(other, adapter)
     # the scales are powers of two: only the longer sums over zeros may round otherwise
@@ -258,7 +250,9 @@ def test_other_files_are_refused_in_one_line(tmp_path):
         (lambda t, key: t.update({f"{key}.lora_B.weight": torch.ones(160, 3)}), "do not go together"),
         (lambda t, key: t.update({f"{key}.lora_A.weight": torch.ones(0, 160)}), "do not go together"),
         (lambda t, key: t[f"{key}.lora_A.weight"].fill_(float("inf")), "not finite"),
-        (lambda t, key: t.update({f"{key}.dora_scale": torch.ones(160)}), "no plain LoRA"),
+        (lambda t, key: t.update({f"{key}.dora_scale": torch.ones(1, 160)}), "not those of the layer's 160 rows"),
+        (lambda t, key: t.update({f"{key}.dora_scale": torch.full((160, 1), float("nan"))}), "lengths are not finite"),
+        (lambda t, key: t.update({f"{key}.lokr_w1": torch.ones(4, 4)}), "no plain LoRA"),
         (lambda t, key: t.update({f"{key}.diff_b": torch.ones(160)}), "no plain LoRA"),
         (lambda t, key: t.update({f"{key}.alpha": torch.ones(2)}), "alpha"),
         (lambda t, key: t.update({f"{key}.lora_A.other.weight": torch.ones(4, 160)}), "more than one LoRA"),
@@ -291,5 +285,5 @@ def test_alpha_patterns_of_diffusers_metadata_are_followed(saved):
     save_file(load_file(path), path, {"lora_adapter_metadata": text})
     adapter = read_adapter(path)
     key = "blocks.{}.attn1.to_q.lora_B.weight"
-    assert torch.equal(adapter.state[key.format(0)], state[key.format(0)] * 2)
-    assert torch.equal(adapter.state[key.format(1)], state[key.format(1)])
+    assert all(torch.equal(adapter.state[key.format(block)], state[key.format(block)]) for block in (0, 1))
+    assert [adapter.scales[f"blocks.{block}.attn1.to_q"] for block in (0, 1)] == [2.0, 1.0]

@@ -7,7 +7,7 @@ from peft.tuners.lora import LoraLayer
 
 from longtake.config.schema import LoraConfig
 from longtake.errors import ConfigError, ModelError
-from longtake.lora import Adapter, adapter_state, attach, attach_adapter, load_adapter_state
+from longtake.lora import adapter_state, attach, attach_adapter, load_adapter_state, trained_adapter
 from longtake.memory.quantization import quantize_blocks
 from longtake.models.wan.keys import to_original
 from longtake.models.wan.variants import variant
@@ -158,7 +158,9 @@ def test_missing_unknown_and_misshaped_keys_are_refused_and_nothing_is_changed(b
 
 
 def test_an_adapter_from_a_file_is_attached_with_its_own_rank_alpha_and_layers(build, trained, velocity):
-    transformer = trained("tiny-t2v", LoraConfig(rank=4, alpha=8, targets=("attn1.to_q", "ffn")))
+    lora = LoraConfig(rank=4, alpha=8, targets=("attn1.to_q", "ffn"))
+    transformer = trained("tiny-t2v", lora)
+    adapter = trained_adapter(adapter_state(transformer), lora, {})
     other = build("tiny-t2v")
-    attach_adapter(other, Adapter(adapter_state(transformer), 8.0, {}))
+    attach_adapter(other, adapter)
     assert torch.equal(velocity(other), velocity(transformer))

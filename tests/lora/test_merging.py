@@ -5,7 +5,7 @@ import torch
 
 from longtake.config.schema import LoraConfig
 from longtake.errors import ModelError
-from longtake.lora import adapter_state, check_fits, merge
+from longtake.lora import adapter_state, check_fits, merge, trained_adapter
 
 LORA = LoraConfig(rank=4, alpha=6, targets=("attention", "ffn", "image"))
 
@@ -14,7 +14,7 @@ def test_merged_weights_give_the_adapter_s_output_within_fp32_rounding(build, tr
     adapter = trained("tiny-i2v", LORA)
     merged = build("tiny-i2v")
     base = velocity(merged)
-    merge(merged, adapter_state(adapter), alpha=6.0)
+    merge(merged, trained_adapter(adapter_state(adapter), LORA, {}))
     assert (velocity(adapter) - base).abs().max() > 0.1
     # W + s B A against W x + s B (A x): sums of a few hundred products in another order, over two blocks
     torch.testing.assert_close(velocity(merged), velocity(adapter), rtol=1e-4, atol=1e-5)
@@ -24,7 +24,7 @@ def test_a_bf16_weight_is_rounded_once(build, trained):
     state = adapter_state(trained("tiny-t2v", LORA.model_copy(update={"targets": ("ffn",)})))
     merged = build("tiny-t2v", torch.bfloat16)
     before = merged.blocks[0].ffn.net[2].weight.detach().clone()
-    merge(merged, state, alpha=6.0)
+    merge(merged, trained_adapter(state, LORA, {}))
     down, up = (state[f"blocks.0.ffn.net.2.{half}.weight"] for half in ("lora_A", "lora_B"))
     exact = before.double() + 6 / 4 * up.double() @ down.double()
     weight = merged.blocks[0].ffn.net[2].weight
@@ -47,7 +47,7 @@ def test_an_adapter_of_a_wider_model_is_refused_by_name_of_the_first_layers(buil
 def test_an_image_branch_that_the_model_lacks_is_refused(build, trained):
     state = adapter_state(trained("tiny-i2v", LORA))
     with pytest.raises(ModelError, match="add_k_proj"):
-        merge(build("tiny-t2v"), state, alpha=6.0)
+        merge(build("tiny-t2v"), trained_adapter(state, LORA, {}))
 
 
 def test_an_adapter_fits_the_model_that_carries_it(trained):

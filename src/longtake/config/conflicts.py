@@ -29,6 +29,7 @@ def conflicts(config: RunConfig, world_size: int = 1) -> Iterator[Problem]:
     yield from _schedule(config.data, config.training)
     yield from _precision(config)
     yield from _trained_weights(config)
+    yield from _adapters(config)
     yield from sharing_conflicts(config.memory, config.parallel, world_size)
     yield from _ignored(config)
 
@@ -73,8 +74,6 @@ def _block_swap(memory: MemoryStrategy) -> Iterator[Problem]:
     if 0 < memory.block_swap <= ring:
         what = f"{memory.block_swap} blocks through a ring of {ring} buffers save nothing"
         yield Problem(what, "memory.block_swap", f"use 0, or at least {ring + 1}")
-    if memory.block_swap_from != "host" and not memory.block_swap:
-        yield Problem("it would be ignored", "memory.block_swap_from", "set memory.block_swap")
 
 
 def _slices(memory: MemoryStrategy) -> Iterator[Problem]:
@@ -168,6 +167,21 @@ def _trained_weights(config: RunConfig) -> Iterator[Problem]:
             yield Problem(what, f"{where}.slices", "leave it out, or lora.dropout")
     if config.lora is not None and config.lora.dropout and config.parallel.sp > 1:
         yield Problem("ranks that share a clip would draw its dropout differently", "lora.dropout", "use 0, or sp = 1")
+
+
+def _adapters(config: RunConfig) -> Iterator[Problem]:
+    """Fields of [lora], and of [training] that are about adapters."""
+    if config.lora is None:
+        if config.training.lora_plus_ratio != 1.0:
+            yield Problem("there are no adapters", "training.lora_plus_ratio", "leave it out, or add a section [lora]")
+        return
+    where, end = "lora.block_ranks", -1
+    for first, last, _ in sorted(config.lora.block_ranks):
+        if last < first:
+            yield Problem(f"block {last} is before block {first}", where, "write [first, last, rank]")
+        elif first <= end:
+            yield Problem(f"block {first} has two ranks", where, "let no two ranges overlap")
+        end = max(end, last)
 
 
 def _ignored(config: RunConfig) -> Iterator[Problem]:

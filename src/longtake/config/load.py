@@ -80,6 +80,7 @@ def absolute(config: RunConfig, folder: Path) -> RunConfig:
     changes: dict[str, dict[str, Any]] = {
         "model": {
             "path": full(model.path, "model.path"),
+            "low_noise_path": full(model.low_noise_path, "model.low_noise_path"),
             "components": components if Path(components).exists() else model.components,
         },
         "data": {
@@ -90,6 +91,9 @@ def absolute(config: RunConfig, folder: Path) -> RunConfig:
         "validation": {"samples": samples},
         "output": {"run": full(config.output.run, "output.run")},
     }
+    if config.lora is not None:
+        starts = enumerate(config.lora.start_from)
+        changes["lora"] = {"start_from": tuple(full(path, f"lora.start_from[{index}]") for index, path in starts)}
     if problems:
         raise ConfigError(problems)
     sections = {name: getattr(config, name).model_copy(update=update) for name, update in changes.items()}

@@ -33,18 +33,22 @@ class ModelConfig(Section):
     name: str = ""
     """A variant's name (`wan2.1-i2v-14b-480p`, `tiny-i2v`) or a hub id (`owner/name`, ModelScope: `ms://owner/name`)."""
     path: str = ""
-    """A diffusers folder, or a single or sharded safetensors file in the original or ComfyUI's layout."""
+    """A diffusers folder or an original release, or a safetensors file in the original or ComfyUI's layout."""
+    low_noise_path: str = ""
+    """The low-noise transformer of an A14B model, where `path` is a file of the high-noise one."""
     components: str = ""
-    """Folder or hub id that supplies VAE, text and image encoders where `path` has only the transformer."""
+    """Folder (diffusers, original release, ComfyUI's `models`) or hub id of VAE and encoders where `path` has none."""
     dtype: Precision = "bf16"
     """Type of the frozen weights. Trained weights are always fp32. fp32 doubles the weights' memory."""
     expert: Literal["both", "high", "low"] = "both"
-    """Which of the two transformers of a Wan2.2 A14B model is trained."""
+    """Which of the two transformers of a Wan2.2 A14B model is trained; a step of "both" is of one of them."""
 
     @model_validator(mode="after")
     def _has_source(self) -> "ModelConfig":
         if not (self.name or self.path):
             raise ValueError("give name or path")
+        if self.low_noise_path and not self.path:
+            raise ValueError("give path, the high-noise transformer's, beside low_noise_path")
         return self
 
 
@@ -74,10 +78,18 @@ class LoraConfig(Section):
     """Rank r of the adapters. Trained parameters, gradients and Adam states grow in proportion."""
     alpha: AboveZero = 32.0
     """The adapter's output is scaled by alpha / rank."""
+    rslora: Switch = False
+    """Scale by alpha / sqrt(rank) (rsLoRA): a high rank learns as fast as a low one."""
+    dora: Switch = False
+    """Train the length of each row of the weights apart from its direction (DoRA); takes more memory and time."""
     targets: Annotated[tuple[Filled, ...], Field(min_length=1)] = ("attention", "ffn")
     """Groups `attention`, `ffn`, `image` (the image branch's `add_k_proj`, `add_v_proj`), or ends of module names."""
+    block_ranks: tuple[tuple[Whole, Whole, Positive], ...] = ()
+    """Other ranks for some blocks: triples of first block, last block, rank; blocks count from 0, alpha stays."""
     dropout: BelowOne = 0.0
     """Dropout on the adapters' input."""
+    start_from: tuple[Filled, ...] = ()
+    """LoRA files to go on from, in any format, one for each expert trained, high-noise first; empty: fresh ones."""
 
 
 class TrainingConfig(Section):
@@ -97,6 +109,8 @@ class TrainingConfig(Section):
     """Decay of an exponential moving average of the trained weights; 0 switches it off. One fp32 copy of them."""
     learning_rate: AboveZero = 1e-4
     """Peak learning rate of AdamW."""
+    lora_plus_ratio: AboveZero = 1.0
+    """Learning rate of the adapters' B matrices over that of A (LoRA+, 16 in its paper); 1 for plain LoRA."""
     weight_decay: NonNegative = 0.01
     """Decoupled weight decay of AdamW."""
     schedule: Literal["constant", "cosine"] = "cosine"
@@ -135,7 +149,10 @@ class MemoryStrategy(Section):
     block_swap: Whole = 0
     """Blocks whose frozen weights are streamed in for use and not kept on the device; costs time on short clips."""
     block_swap_from: Literal["host", "disk"] = "host"
-    """Where the streamed weights come from: pinned host memory, or the safetensors file."""
+    """Where the streamed weights come from: pinned host memory, or the safetensors file.
+
+    Of two experts, the weights of the one that a step does not train wait there too.
+    """
     slices: Positive = 1
     """Slices of the token axis over which a block is evaluated; 16 need a third of its memory, 3 % more compute."""
     attention_head_groups: Positive = 1

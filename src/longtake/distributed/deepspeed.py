@@ -245,14 +245,18 @@ def partition(module: nn.Module, prefix: str, parallel: ParallelConfig, ranks: R
     zero.Init(module, config_dict_or_path=config, remote_device=place, mem_efficient_linear=False)
 
 
-def _tell_of_adapters(deepspeed: Any, transformer: nn.Module) -> None:
-    """Says that peft's layers look at a weight of a layer inside, for its type.
+def _tell_of_adapters(deepspeed: Any, transformer: Any) -> None:
+    """Says that peft's layers look at a weight of a layer inside, for its type, and a DoRA's lengths at all of them.
 
     DeepSpeed finds out where the weight is not there then, and its order of gathering is no longer the recorded one.
     """
     for module in transformer.modules():
         for adapter in getattr(module, "lora_A", {}).values():
             deepspeed.zero.register_external_parameter(module, adapter.weight)
+        for name, lengths in getattr(module, "lora_magnitude_vector", {}).items():
+            for layer in (module.base_layer, module.lora_A[name], module.lora_B[name]):
+                for weight in layer.parameters():
+                    deepspeed.zero.register_external_parameter(lengths, weight)
 
 
 def _on_meta(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:

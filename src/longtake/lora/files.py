@@ -1,69 +1,42 @@
-# ruff: noqa: F722
 """LoRA files: written so that a name never holds half a file, read in whatever format they are."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.nn.functional import pad
 
 from longtake import __version__
 from longtake.config.schema import LoraFormat
 from longtake.errors import ModelError, Problem, RunError
 from longtake.files import write_file
-from longtake.lora.formats import Entry, adapter_metadata, looks_like_lora, metadata_alphas, named, parse
-from longtake.lora.merging import modules_of
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Float32
+from longtake.lora.adapter import MAGNITUDE, Adapter
+from longtake.lora.formats import Entry, looks_like_lora, named, parse
+from longtake.lora.peft_metadata import adapter_metadata, metadata_alphas
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter of one rank and one alpha: `state` as `adapter_state` gives it, fp32 on the CPU."""
-
-    state: dict[str, Float32[Tensor, "_ _"]]
-    alpha: float
-    metadata: dict[str, str]
-
-    @property
-    def rank(self) -> int:
-        """Rows of every A and columns of every B."""
-        return next(tensor.shape[0] for key, tensor in self.state.items() if ".lora_A." in key)
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """Names of the adapted layers."""
-        return modules_of(self.state)
-
-
-def save_adapter(
-    path: Path, state: Mapping[str, Float[Tensor, "_ _"]], alpha: float, format: LoraFormat, metadata: Mapping[str, str]
-) -> None:
-    """Writes `state` in `format`, with rank, alpha and `metadata` in the header; equal inputs, equal bytes.
+def save_adapter(path: Path, adapter: Adapter, format: LoraFormat) -> None:
+    """Writes `adapter` in `format`, with ranks, alphas and its metadata in the header; equal inputs, equal bytes.
 
     `path` is replaced only by a file that was synced, opened again and found to hold the same finite tensors. Raises
     RunError where it cannot be written, or a weight is not finite.
     """
-    tensors = {key: tensor.detach().contiguous() for key, tensor in named(state, alpha, format).items()}
-    content = _serialised(tensors, _header(state, alpha, format) | dict(metadata))
+    tensors = {key: tensor.detach().contiguous() for key, tensor in named(adapter, format).items()}
+    content = _serialised(tensors, _header(adapter, format) | adapter.metadata)
     write_file(path, lambda staged: _write_checked(staged, content, tensors, path))
 
 
 def read_adapter(path: Path) -> Adapter:
     """The LoRA in `path`, whose format is told by its keys, in our own names.
 
-    Layers of different rank or alpha are brought to one by padding with zeros and scaling B. Raises ModelError for a
-    file that is damaged, no LoRA, or the LoRA of another model.
+    Without alpha a layer's scale is 1. Raises ModelError for a file that is damaged, no LoRA, or the LoRA of another
+    model.
     """
     if not path.is_file():
         raise ModelError(Problem("there is no such file", str(path)))
@@ -87,7 +60,7 @@ def _entries(keys: list[str], path: Path) -> dict[str, Entry]:
         raise ModelError(Problem("this is a LoRA of another model", str(path), f"its first layer is {min(keys)}"))
     if unknown := sorted(parsed.keys() - entries.keys()):
         what = f"{len(unknown)} of {len(keys)} tensors are no plain LoRA of this model, first {unknown[0]}"
-        raise ModelError(Problem(what, str(path), "use a LoRA without DoRA, LoKr or full differences"))
+        raise ModelError(Problem(what, str(path), "use a LoRA without LoKr, LoHa or full differences"))
     if len(set(entries.values())) < len(entries):
         raise ModelError(Problem("more than one LoRA is in the file", str(path), "keep one adapter a file"))
     return entries
@@ -95,19 +68,20 @@ def _entries(keys: list[str], path: Path) -> dict[str, Entry]:
 
 def _adapter(tensors: Mapping[Entry, Tensor], metadata: dict[str, str], path: Path) -> Adapter:
     modules = tuple(dict.fromkeys(entry.module for entry in sorted(tensors, key=lambda entry: entry.module)))
+    state: dict[str, Tensor] = {}
+    ranks = {}
     for module in modules:
-        _check_pair(tensors.get(Entry(module, "lora_A")), tensors.get(Entry(module, "lora_B")), f"{path}: {module}")
-    ranks = {module: tensors[Entry(module, "lora_A")].shape[0] for module in modules}
-    alphas = _alphas(tensors, metadata, ranks, path)
-    state = {entry.key: tensor.float() for entry, tensor in tensors.items() if entry.part != "alpha"}
-    if len(set(ranks.values())) == len(set(alphas.values())) == 1:
-        return Adapter(state, alphas[modules[0]], metadata)
-    return _levelled(
-        state, {module: alphas[module] / ranks[module] for module in modules}, max(ranks.values()), metadata
-    )
+        down, up, lengths = (tensors.get(Entry(module, part)) for part in ("lora_A", "lora_B", MAGNITUDE))
+        where = f"{path}: {module}"
+        down, up = _pair(down, up, where)
+        ranks[module] = down.shape[0]
+        state |= {f"{module}.lora_A.weight": down.float(), f"{module}.lora_B.weight": up.float()}
+        if lengths is not None:
+            state[f"{module}.{MAGNITUDE}.weight"] = _lengths(lengths, up.shape[0], where)
+    return Adapter(state, _alphas(tensors, metadata, ranks, path), metadata)
 
 
-def _check_pair(down: Tensor | None, up: Tensor | None, where: str) -> None:
+def _pair(down: Tensor | None, up: Tensor | None, where: str) -> tuple[Tensor, Tensor]:
     remedy = "download or export it again"
     if down is None or up is None:
         raise ModelError(Problem("only one half of the layer's LoRA is in the file", where, remedy))
@@ -116,6 +90,17 @@ def _check_pair(down: Tensor | None, up: Tensor | None, where: str) -> None:
         raise ModelError(Problem(what, where, remedy))
     if not (down.isfinite().all() and up.isfinite().all()):
         raise ModelError(Problem("the LoRA holds values that are not finite", where, remedy))
+    return down, up
+
+
+def _lengths(tensor: Tensor, rows: int, where: str) -> Tensor:
+    """A DoRA's lengths [out], whether they are [out] or [out, 1] in the file."""
+    if tensor.numel() != rows or tensor.shape[0] != rows:
+        what = f"this is a DoRA whose lengths {list(tensor.shape)} are not those of the layer's {rows} rows"
+        raise ModelError(Problem(what, where, "train it with lengths of rows (LyCORIS: wd_on_output)"))
+    if not tensor.isfinite().all():
+        raise ModelError(Problem("the DoRA's lengths are not finite", where, "download or export it again"))
+    return tensor.float().reshape(rows)
 
 
 def _alphas(
@@ -123,7 +108,7 @@ def _alphas(
 ) -> dict[str, float]:
     """alpha of each module: its own tensor's, else by diffusers' metadata, else the rank (a scale of 1)."""
     try:
-        listed = metadata_alphas(metadata, ranks)
+        listed = metadata_alphas(metadata, ranks, any(entry.part == MAGNITUDE for entry in tensors))
         own = {entry.module: float(tensor) for entry, tensor in tensors.items() if entry.part == "alpha"}
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ModelError(Problem(f"cannot read the LoRA's alpha: {error}", str(path))) from error
@@ -133,32 +118,21 @@ def _alphas(
     return alphas
 
 
-def _levelled(state: dict[str, Tensor], scales: Mapping[str, float], rank: int, metadata: dict[str, str]) -> Adapter:
-    """One rank for all layers by rows and columns of zeros, and a scale of 1 by putting each layer's into its B."""
-    level = {}
-    for module, scale in scales.items():
-        down, up = state[f"{module}.lora_A.weight"], state[f"{module}.lora_B.weight"]
-        missing = rank - down.shape[0]
-        level[f"{module}.lora_A.weight"] = pad(down, (0, 0, 0, missing))
-        level[f"{module}.lora_B.weight"] = pad(up * scale, (0, missing))
-    return Adapter(level, float(rank), metadata)
-
-
-def _header(state: Mapping[str, Float[Tensor, "_ _"]], alpha: float, form: LoraFormat) -> dict[str, str]:
-    modules = modules_of(state)
-    rank = state[f"{modules[0]}.lora_A.weight"].shape[0]
+def _header(adapter: Adapter, form: LoraFormat) -> dict[str, str]:
+    ranks, alphas = set(adapter.ranks.values()), set(adapter.alphas.values())
+    rank = adapter.rank if len(ranks) == 1 else f"{min(ranks)} to {max(ranks)}"
     return {
         "format": "pt",
         "ss_network_module": "networks.lora_wan",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": f"{alpha:g}",
+        "ss_network_dim": str(adapter.rank),
+        "ss_network_alpha": f"{max(alphas):g}",
         "ss_base_model_version": "wan",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "wan/lora",
         "modelspec.implementation": "https://github.com/Wan-Video/Wan2.1",
-        "modelspec.title": f"LoRA of rank {rank}",
+        "modelspec.title": f"{'DoRA' if adapter.is_dora else 'LoRA'} of rank {rank}",
         "longtake.version": __version__,
-    } | (adapter_metadata(modules, rank, alpha) if form == "diffusers" else {})
+    } | (adapter_metadata(adapter) if form == "diffusers" else {})
 
 
 def _serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from longtake.errors import ModelError, Problem
+from longtake.lora.adapter import MAGNITUDE, Adapter, State, modules_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -17,30 +18,43 @@ if TYPE_CHECKING:
 _SHOWN = 3
 
 
-def check_fits(state: Mapping[str, Float[Tensor, "_ _"]], transformer: nn.Module) -> None:
+def check_fits(state: State, transformer: nn.Module) -> None:
     """Raises ModelError that names the first layers where `state` does not fit `transformer`."""
-    if problems := [*_misfits(state, transformer)]:
+    check_shapes(state, {name: _shape(transformer, name) for name in modules_of(state)})
+
+
+def check_shapes(state: State, shapes: Mapping[str, tuple[int, ...] | None]) -> None:
+    """`check_fits` against the shapes of the layers' weights; None, or no entry, where there is no such layer."""
+    if problems := [*_misfits(state, shapes)]:
         raise ModelError(shortened(problems))
 
 
-def merge(transformer: nn.Module, state: Mapping[str, Float[Tensor, "_ _"]], alpha: float) -> None:
-    """Adds alpha / rank * B A to the weights of a `transformer` that carries no adapter, in place.
+def merge(transformer: nn.Module, adapter: Adapter) -> None:
+    """Merges `adapter` into the weights of a `transformer` that carries none, in place.
 
-    The sum is formed in fp32 and rounded once to the weight's type. Raises ModelError where `state` does not fit.
+    Raises ModelError where it does not fit.
     """
-    check_fits(state, transformer)
+    check_fits(adapter.state, transformer)
     with torch.no_grad():
-        for name in modules_of(state):
+        for name in adapter.modules:
             weight = transformer.get_parameter(f"{name}.weight")
-            down, up = (
-                state[f"{name}.{half}.weight"].to(weight.device, torch.float32) for half in ("lora_A", "lora_B")
-            )
-            weight.copy_(torch.addmm(weight.float(), up, down, alpha=alpha / down.shape[0]))
+            weight.copy_(merged(weight.detach(), adapter, name))
 
 
-def modules_of(state: Mapping[str, Float[Tensor, "_ _"]]) -> tuple[str, ...]:
-    """Names of the layers that `state` adapts, in order."""
-    return tuple(dict.fromkeys(key.rpartition(".lora_")[0] for key in state))
+def merged(weight: Float[Tensor, "out inputs"], adapter: Adapter, name: str) -> Float[Tensor, "out inputs"]:
+    """`weight` of the layer `name` with alpha / rank * B A added, the rows of a DoRA brought to their lengths.
+
+    Formed in fp32 and rounded once to the weight's type.
+    """
+    down, up = (
+        adapter.state[f"{name}.{half}.weight"].to(weight.device, torch.float32) for half in ("lora_A", "lora_B")
+    )
+    whole = torch.addmm(weight.float(), up, down, alpha=adapter.scales[name])
+    magnitude = adapter.state.get(f"{name}.{MAGNITUDE}.weight")
+    if magnitude is not None:
+        lengths = torch.linalg.vector_norm(whole, dim=1)
+        whole *= (magnitude.to(weight.device, torch.float32) / lengths)[:, None]
+    return whole.to(weight.dtype)
 
 
 def shortened(problems: Sequence[Problem]) -> list[Problem]:
@@ -50,26 +64,25 @@ def shortened(problems: Sequence[Problem]) -> list[Problem]:
     return [*problems[:_SHOWN], Problem(f"and {len(problems) - _SHOWN} more of this kind")]
 
 
-def _misfits(state: Mapping[str, Float[Tensor, "_ _"]], transformer: nn.Module) -> Iterator[Problem]:
+def _misfits(state: State, shapes: Mapping[str, tuple[int, ...] | None]) -> Iterator[Problem]:
     for name in modules_of(state):
         down, up = state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"]
-        layer = _base(transformer, name)
-        if layer is None:
+        shape = shapes.get(name)
+        if shape is None:
             yield Problem("the LoRA adapts a layer that the model does not have", name, "is it a LoRA of this model?")
-        elif (up.shape[0], down.shape[1]) != tuple(layer.weight.shape):
+        elif (up.shape[0], down.shape[1]) != shape:
             yield Problem(
-                f"the LoRA is made for a layer of {up.shape[0]}x{down.shape[1]}, the model's has"
-                f" {layer.weight.shape[0]}x{layer.weight.shape[1]}",
+                f"the LoRA is made for a layer of {up.shape[0]}x{down.shape[1]}, the model's has {shape[0]}x{shape[1]}",
                 name,
                 "is it a LoRA of this model?",
             )
 
 
-def _base(transformer: nn.Module, name: str) -> nn.Linear | None:
-    """The linear layer called `name`, under a peft layer if one is attached."""
+def _shape(transformer: nn.Module, name: str) -> tuple[int, ...] | None:
+    """Of the weight of the linear layer called `name`, under a peft layer if one is attached."""
     try:
         module = transformer.get_submodule(name)
     except AttributeError:
         return None
     module = getattr(module, "base_layer", module)
-    return module if isinstance(module, nn.Linear) else None
+    return tuple(module.weight.shape) if isinstance(module, nn.Linear) else None

@@ -30,17 +30,13 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101); weight decay for matrices only.
 
+    A group's `lr_factor` is what the learning rate of a step is multiplied by: `training.lora_plus_ratio` for adapters'
+    B (LoRA+, arXiv:2402.12354).
     Its states are where and what `memory` says, moved by `copies`, the device's own without it; an `OffloadedAdamW`
     must be closed. Raises ConfigError where torchao, which has the 8-bit states, is missing, and RunError where the
     host refuses the memory.
     """
-    decayed = [parameter for parameter in parameters.values() if len(shape_of(parameter)) >= 2]
-    plain = [parameter for parameter in parameters.values() if len(shape_of(parameter)) < 2]
-    groups = [
-        {"params": decayed, "weight_decay": training.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = _groups(parameters, training)
     if memory.optimizer == "adamw8bit":
         return _adamw8bit(groups, training.learning_rate)
     if memory.optimizer_offload:
@@ -62,6 +58,12 @@ def allocate_states(optimizer: torch.optim.Optimizer) -> None:
             optimizer.state[parameter] = _fresh_state(optimizer, parameter)
 
 
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Gives every group its learning rate for the next step, of which `rate` is the one without a factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_factor", 1.0)
+
+
 def learning_rate(step: int, training: TrainingConfig) -> float:
     """The rate of optimiser step `step`, counted from 0: linear warm-up, then constant or half a cosine to zero."""
     if step < training.warmup_steps:
@@ -70,6 +72,23 @@ def learning_rate(step: int, training: TrainingConfig) -> float:
         return training.learning_rate
     done = (step - training.warmup_steps) / max(1, training.steps - training.warmup_steps)
     return training.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _groups(parameters: Mapping[str, nn.Parameter], training: TrainingConfig) -> list[dict[str, Any]]:
+    """Parameters with equal weight decay and equal factor of the learning rate, in that order."""
+    found: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        factor = training.lora_plus_ratio if ".lora_B." in name else 1.0
+        found.setdefault((len(shape_of(parameter)) < 2, factor), []).append(parameter)
+    return [
+        {
+            "params": own,
+            "weight_decay": 0.0 if plain else training.weight_decay,
+            "lr": training.learning_rate * factor,
+            "lr_factor": factor,
+        }
+        for (plain, factor), own in sorted(found.items(), key=lambda item: item[0])
+    ]
 
 
 def _adamw8bit(groups: list[dict[str, Any]], rate: float) -> torch.optim.Optimizer:
