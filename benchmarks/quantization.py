@@ -101,14 +101,14 @@ def error(found: Tensor, reference: Tensor) -> float:
 def rows(scene: Scene, name: str) -> None:
     """A line of the table for each kind."""
     plain = built(scene.config, "none")
-    weights, loss = matrices(plain), scene.validation.loss(plain)
+    weights, loss = matrices(plain), scene.validation.loss([plain])
     moving = {sigma: velocities(plain, scene, sigma) for sigma in SIGMAS}
     print(f"| {name} | fp32 | 0 | " + " | ".join("0" for _ in SIGMAS) + f" | {loss:.5f} | |")
     for kind in KINDS:
         model = built(scene.config, kind)
         flat = [torch.cat([tensor.flatten() for tensor in found]) for found in (matrices(model), weights)]
         errors = [error(velocities(model, scene, sigma), moving[sigma]) for sigma in SIGMAS]
-        changed = scene.validation.loss(model)
+        changed = scene.validation.loss([model])
         shown = " | ".join(f"{100 * value:.2f} %" for value in (error(*flat), *errors))
         print(f"| {name} | {kind} | {shown} | {changed:.5f} | {100 * (changed / loss - 1):+.2f} % |", flush=True)
 

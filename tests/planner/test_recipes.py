@@ -1,4 +1,4 @@
-"""The recipes for several GPUs: each is what the plan in its header finds, with the numbers that the header has."""
+"""The recipes: each is what the plan in its header finds, with the numbers that the header has."""
 
 import json
 import re
@@ -11,10 +11,16 @@ import pytest
 from command_line import succeed
 from longtake.config.conflicts import conflicts
 from longtake.config.load import load_config
+from longtake.models.wan.variants import VARIANTS
 
 RECIPES = {
     path: path.read_text(encoding="utf-8").split("\n\n")[0]
     for path in sorted((Path(__file__).parents[2] / "recipes").glob("*x*gb.toml"))
+}
+ALONE = {
+    path: path.read_text(encoding="utf-8").split("\n\n")[0]
+    for path in sorted((Path(__file__).parents[2] / "recipes").glob("*-lora-??gb.toml"))
+    if "longtake plan" in path.read_text(encoding="utf-8")
 }
 every_recipe = pytest.mark.parametrize(("path", "header"), RECIPES.items(), ids=[path.name for path in RECIPES])
 MACHINE = ("--gpu", "--gpus", "--budget", "--host-memory")
@@ -69,6 +75,49 @@ def test_a_recipe_needs_what_its_header_says(path: Path, header: str) -> None:
         r", ([\d.]+) GiB of host memory in all": plan["peak_bytes"]["host"] / 2**30,
         r"# Time: ([\d.]+) s a step": plan["step_seconds"],
         r"a step of (\d+) clips": load_config(path).training.global_batch_size,
+    }
+    for pattern, value in told.items():
+        assert number(header, pattern) == pytest.approx(value, rel=NEARLY), pattern
+
+
+def test_there_is_a_recipe_for_every_published_model_and_class_of_card() -> None:
+    names = {path.name for path in ALONE}
+    wanted = {
+        f"{name}-lora-{card}gb.toml" for name, model in VARIANTS.items() if model.hub_id for card in (16, 24, 48, 80)
+    }
+    assert wanted <= names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("path", "header"), ALONE.items(), ids=[path.name for path in ALONE])
+def test_a_recipe_for_one_gpu_is_what_the_planner_chooses_and_needs_what_its_header_says(
+    path: Path, header: str
+) -> None:
+    config = load_config(path)
+    _, plan = chosen(*command(header))
+    of_any = {"budget": None, "fallbacks": None}
+    assert config.memory.model_dump(mode="json") | of_any == plan["strategy"]["memory"] | of_any
+    assert config.training.micro_batch_size == plan["micro_batch_size"]
+    assert_told(header, plan)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("card", [16, 80])
+def test_the_smallest_and_the_largest_recipe_of_a_model_need_what_they_say(card: int) -> None:
+    """Of one model; `make bench` asks for all."""
+    path, header = next((path, header) for path, header in ALONE.items() if f"1.3b-lora-{card}gb" in path.name)
+    own = command(header)
+    machine = [own[at + step] for flag in MACHINE if flag in own for at in [own.index(flag)] for step in (0, 1)]
+    _, plan = chosen(path, *machine)
+    assert_told(header, plan)
+
+
+def assert_told(header: str, plan: dict[str, Any]) -> None:
+    """The header's numbers are the plan's."""
+    told = {
+        r"# Peak: ([\d.]+) GiB on the GPU": plan["peak_bytes"]["device"] / 2**30,
+        r"on the GPU, ([\d.]+) GiB of host memory": plan["peak_bytes"]["host"] / 2**30,
+        r"# Time: ([\d.]+) s a step": plan["step_seconds"],
     }
     for pattern, value in told.items():
         assert number(header, pattern) == pytest.approx(value, rel=NEARLY), pattern

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from longtake.config.schema import MemoryStrategy, TrainingConfig
+from longtake.config.schema import LoraConfig, MemoryStrategy, TrainingConfig
 from longtake.distributed.backend import optimizer_tensors
-from longtake.lora import save_adapter
+from longtake.lora import save_adapter, trained_adapter
 from longtake.memory_gauge import MemoryGauge
 from longtake.models.wan import encoders as real
 from longtake.models.wan.conditioning import image_condition
@@ -214,7 +214,7 @@ def test_an_adapters_file_takes_three_times_its_bytes_beside_it(tmp_path: Path) 
     gauge = MemoryGauge(CPU)
     before = gauge.process.memory_info().rss
     gauge.begin_stage()
-    save_adapter(tmp_path / "adapter.safetensors", state, 32.0, "comfyui", {})
+    save_adapter(tmp_path / "adapter.safetensors", trained_adapter(state, LoraConfig(), {}), "comfyui")
     planned = save_peak(values, "lora", MemoryStrategy(), device_type="cpu").host_bytes
     assert gauge.stage_peak()[1] - before == pytest.approx(planned - 4 * values, rel=0.02)
 

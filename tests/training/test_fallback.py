@@ -166,7 +166,7 @@ def in_force(scene: Scene, folder: Path, say: Callable[[str], None], tokens: int
     """The strategies over a model of the scene, as if a clip had `tokens`."""
     config = scene.config(folder, memory=memory)
     model = build_model(config, find_model(config, print), CPU)
-    return StrategyInForce(model, config.memory, Workload(tokens, 1, 4), folder, say)
+    return StrategyInForce([model], config.memory, Workload(tokens, 1, 4), folder, say)
 
 
 def test_a_strategy_that_does_not_fit_the_host_or_the_disk_is_refused_or_passed_over(
@@ -227,7 +227,7 @@ def test_full_fine_tuning_goes_on_too(scenes: Scenes, tmp_path: Path) -> None:
 
 def test_gradients_of_a_failed_attempt_are_dropped(scenes: Scenes, tmp_path: Path) -> None:
     strategy = in_force(scenes("tiny-i2v"), tmp_path, lambda _line: None, 1, fallbacks=RUNGS[:1])
-    parameters = strategy.model.parameters.values()
+    parameters = strategy.models[0].parameters.values()
     seen = []
 
     def compute() -> None:

@@ -19,7 +19,7 @@ from longtake.memory.quantization import QuantizedWeight, quantize
 from longtake.models.wan.tiny import build_tiny
 from longtake.models.wan.variants import variant
 from longtake.models.wan.weights import ModelFiles
-from longtake.training.model import TrainedModel, build_model, choose_expert, find_model
+from longtake.training.model import Expert, TrainedModel, build_model, choose_experts, find_model
 from runs import CPU, Scene
 
 
@@ -32,21 +32,21 @@ def config(**sections: Any) -> RunConfig:
 @pytest.mark.parametrize(("name", "boundary"), [("wan2.2-t2v-a14b", 0.875), ("wan2.2-i2v-a14b", 0.9)])
 def test_an_expert_is_trained_on_its_side_of_the_boundary(name: str, boundary: float) -> None:
     spec = variant(name).spec
-    high = choose_expert(config(model={"name": name, "expert": "high"}), spec)
-    low = choose_expert(config(model={"name": name, "expert": "low"}), spec)
-    assert high == ("transformer", (boundary, 1.0))
-    assert low == ("transformer_2", (0.0, boundary))
+    high = choose_experts(config(model={"name": name, "expert": "high"}), spec)
+    low = choose_experts(config(model={"name": name, "expert": "low"}), spec)
+    assert high == (Expert("transformer", (boundary, 1.0), "high"),)
+    assert low == (Expert("transformer_2", (0.0, boundary), "low"),)
+    assert choose_experts(config(model={"name": name}), spec) == high + low
 
 
 def test_one_transformer_is_trained_on_every_sigma() -> None:
-    assert choose_expert(config(), variant("wan2.1-i2v-14b-480p").spec) == ("transformer", (0.0, 1.0))
+    assert choose_experts(config(), variant("wan2.1-i2v-14b-480p").spec) == (Expert("transformer", (0.0, 1.0)),)
 
 
 @pytest.mark.parametrize(
     ("name", "sections", "where"),
     [
         ("wan2.1-t2v-14b", {"model": {"name": "x", "expert": "high"}}, "model.expert"),
-        ("wan2.2-t2v-a14b", {"model": {"name": "x", "expert": "both"}}, "model.expert"),
         (
             "wan2.2-t2v-a14b",
             {"model": {"name": "x", "expert": "low"}, "validation": {"samples": [{"prompt": "a"}]}},
@@ -56,7 +56,7 @@ def test_one_transformer_is_trained_on_every_sigma() -> None:
 )
 def test_an_expert_that_does_not_fit_the_model_is_refused(name: str, sections: dict[str, Any], where: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        choose_expert(config(**sections), variant(name).spec)
+        choose_experts(config(**sections), variant(name).spec)
     (problem,) = raised.value.problems
     assert problem.where == where
     assert problem.remedy
@@ -78,8 +78,8 @@ def test_the_chosen_expert_is_the_one_that_is_loaded(tiny_root: Callable[[str], 
     for expert in ("high", "low"):
         chosen = config(model={"name": "tiny-t2v", "expert": expert}, lora={"rank": 2})
         model = build_model(chosen, files, CPU)
-        assert model.sigma_range == ((0.875, 1.0) if expert == "high" else (0.0, 0.875))
-        weights[model.component] = model.transformer.proj_out.weight
+        assert model.expert.sigma_range == ((0.875, 1.0) if expert == "high" else (0.0, 0.875))
+        weights[model.expert.component] = model.transformer.proj_out.weight
     assert not torch.equal(weights["transformer"], weights["transformer_2"])
 
 

@@ -16,7 +16,7 @@ from longtake.data.loader import EntryReader
 from longtake.data.video import probe
 from longtake.errors import ConfigError
 from longtake.sampling import sample, sample_encoded
-from longtake.training.model import TrainedModel, build_model, find_model
+from longtake.training.model import Expert, TrainedModel, build_model, find_model
 from longtake.training.validation import SIGMAS, Validation
 from runs import CPU, SIDE, Scene
 
@@ -43,28 +43,28 @@ def test_the_loss_is_the_same_at_every_call_whatever_was_drawn_before(
 ) -> None:
     dropouts = {"lora": {"dropout": 0.5}, "data": {"caption_dropout": 1.0}}
     validation, model = build(scenes(name), tmp_path, **dropouts)
-    first = validation.loss(model)
+    first = validation.loss([model])
     torch.manual_seed(123)
-    assert validation.loss(model) == first
+    assert validation.loss([model]) == first
     other, _ = build(scenes(name), tmp_path)
-    assert other.loss(model) == first, "nothing is dropped in validation"
+    assert other.loss([model]) == first, "nothing is dropped in validation"
     assert model.transformer.training, "the model goes on training"
 
 
 def test_the_loss_follows_the_weights(scenes: Scenes, tmp_path: Path) -> None:
     validation, model = build(scenes("tiny-i2v"), tmp_path)
-    before = validation.loss(model)
+    before = validation.loss([model])
     with torch.no_grad():
         for parameter in model.parameters.values():
             parameter.mul_(1.5)
-    assert validation.loss(model) != before
+    assert validation.loss([model]) != before
 
 
 def test_it_is_the_mean_over_clips(scenes: Scenes, tmp_path: Path) -> None:
     validation, model = build(scenes("tiny-i2v"), tmp_path)
     assert len(validation.entries) == 4
-    apart = [replace(validation, entries=[entry]).loss(model) for entry in validation.entries]
-    assert validation.loss(model) == pytest.approx(sum(apart) / 4, rel=1e-6)
+    apart = [replace(validation, entries=[entry]).loss([model]) for entry in validation.entries]
+    assert validation.loss([model]) == pytest.approx(sum(apart) / 4, rel=1e-6)
     assert len(set(apart)) == 4
 
 
@@ -77,7 +77,7 @@ def test_sigmas_are_spread_over_the_experts_share(scenes: Scenes, tmp_path: Path
     one = replace(validation, entries=validation.entries[:1])
     for sigma_range in ((0.0, 1.0), (0.9, 1.0), (0.0, 0.9)):
         timesteps.clear()
-        one.loss(replace(model, sigma_range=sigma_range))
+        one.loss([replace(model, expert=Expert("transformer", sigma_range))])
         assert len(timesteps) == SIGMAS
         assert timesteps == sorted(timesteps)
         assert sigma_range[0] * 1000 < timesteps[0] < timesteps[-1] < sigma_range[1] * 1000
@@ -90,7 +90,7 @@ def test_samples_are_written_with_what_made_them(scenes: Scenes, tmp_path: Path)
     samples = [{"prompt": "a red wall", "image": str(image)}]
     sections = {"validation": {"samples": samples, "sample_steps": 2, "guidance_scale": 1.0}}
     validation, model = build(scenes("tiny-i2v"), tmp_path, **sections)
-    (path,) = validation.sample(model, 100, tmp_path / "samples")
+    (path,) = validation.sample([model], 100, tmp_path / "samples")
     assert path == tmp_path / "samples" / "step-00000100-0.mp4"
     info = probe(path, "sample")
     assert (info.width, info.height) == (SIDE, SIDE)
@@ -111,14 +111,14 @@ def test_what_is_encoded_once_samples_at_every_validation_without_an_encoder(
         samples = [{**each, "image": str(image)} for each in samples]
     validation, model = build(scenes(name), tmp_path, validation={"samples": samples, "sample_steps": 2})
     late = replace(validation)
-    late.sample(model, 0, tmp_path / "late")  # which encodes what nobody has prepared
+    late.sample([model], 0, tmp_path / "late")  # which encodes what nobody has prepared
     validation.prepare(model.spec)
-    transformers, root = {model.component: model.transformer}, validation.root
+    transformers, root = {model.expert.component: model.transformer}, validation.root
     shutil.copytree(root / "vae", tmp_path / "vae")
     validation.root = tmp_path  # the VAE alone is there
     validation.prepare(model.spec)
-    assert len(validation.sample(model, 0, tmp_path / "samples")) == 2
-    assert len(validation.sample(model, 100, tmp_path / "samples")) == 2
+    assert len(validation.sample([model], 0, tmp_path / "samples")) == 2
+    assert len(validation.sample([model], 100, tmp_path / "samples")) == 2
     for request, *both in zip(validation.requests(model), late.encoded, validation.encoded, strict=True):
         expected = sample(root, model.spec, transformers, request, CPU)
         for encoded in both:
@@ -129,7 +129,7 @@ def test_without_samples_no_encoder_is_looked_for(scenes: Scenes, tmp_path: Path
     validation, model = build(scenes("tiny-i2v"), tmp_path)
     validation.root = tmp_path / "nowhere"
     validation.prepare(model.spec)
-    assert validation.sample(model, 0, tmp_path) == []
+    assert validation.sample([model], 0, tmp_path) == []
 
 
 @pytest.mark.parametrize(

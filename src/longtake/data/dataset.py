@@ -90,6 +90,8 @@ def place(
         _say_all(notes, say)
     if not any(item.split == "train" for item in placed.values()):
         raise DataError(Problem("no clip can be used", data.source, "mend the clips named above"))
+    if all(item.clip.info.is_image for item in placed.values() if item.split == "train"):
+        say(f"{data.source}: all clips are still images: {spec.name} will learn how things look, and no motion")
     return list(placed.values())
 
 

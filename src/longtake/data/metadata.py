@@ -40,7 +40,8 @@ def read_source(source: Path, image_allowed: bool) -> tuple[list[ClipRecord], li
     `source` is a folder of `clip.mp4` + `clip.txt` (stills too where `image_allowed`; a still beside a clip of the same
     name is its poster and is passed over), or a CSV, JSON or JSONL file with columns `video` and `prompt` (or
     `caption`), and optionally `start`, `frames`, `fps`; further columns are ignored. Paths are relative to the file's
-    folder and stay in it. Row 1 of a CSV file is its header. Raises DataError where there is nothing to read.
+    folder and stay in it. Row 1 of a CSV file is its header. Raises DataError where there is nothing to read, and, in
+    one line, where all of it are stills of no use.
     """
     if _URL.match(str(source)):
         raise DataError(Problem("the source is a URL", str(source), "download it first and give its path"))
@@ -53,6 +54,10 @@ def read_source(source: Path, image_allowed: bool) -> tuple[list[ClipRecord], li
     results = _read_folder(source, image_allowed) if is_folder else _read_table(source, image_allowed)
     records = [result for result in results if isinstance(result, ClipRecord)]
     problems = [problem for result in results if isinstance(result, list) for problem in result]
+    stills = sum(problem.remedy == _NO_STILLS for problem in problems)
+    if stills and not records and len({problem.where for problem in problems}) == stills:
+        remedy = "give clips: this model learns how a video goes on from the image that it is given, and stills do not"
+        raise DataError(Problem(f"all {stills} of its clips are still images", str(source), remedy))
     return records, problems
 
 

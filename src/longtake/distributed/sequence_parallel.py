@@ -90,10 +90,6 @@ def sequence_parallel(transformer: Any, spec: ModelSpec, sharing: SequenceParall
     hooks = [
         getattr(transformer, name).register_forward_hook(_cutting(cut, sharing)) for name, cut in axis.entries().items()
     ]
-    hooks += [
-        getattr(transformer, name).register_forward_pre_hook(_cutting_given(cut, sharing), with_kwargs=True)
-        for name, cut in axis.given().items()
-    ]
     gathering = lambda _module, _inputs, output: _Gathered.apply(output, sharing)  # noqa: E731
     hooks.append(getattr(transformer, axis.leaving()).register_forward_hook(gathering))
     attentions = [getattr(block, spec.self_attention) for block in getattr(transformer, spec.blocks)]
@@ -119,10 +115,6 @@ def _counts(total: int, count: int) -> list[int]:
 
 def _cutting(cut: Callable[[Any, Callable[[int], slice]], Any], sharing: SequenceParallel) -> Callable[..., Any]:
     return lambda _module, _inputs, output: cut(output, sharing.note)
-
-
-def _cutting_given(cut: Callable[..., tuple[Any, dict[str, Any]]], sharing: SequenceParallel) -> Callable[..., Any]:
-    return lambda _module, arguments, keywords: cut(arguments, keywords, sharing.note)
 
 
 def _exchanging(forward: Callable[..., Any], sharing: SequenceParallel) -> Callable[..., Any]:

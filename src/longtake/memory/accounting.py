@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -79,22 +79,39 @@ def needs(
     strategy: MemoryStrategy,
     workload: Workload,
     weight_files: Mapping[str, WeightFile],
+    turns: bool = False,
 ) -> Needs:
     """What `strategy` needs beside what the process holds while `transformer` is loaded and no strategy applied.
 
     So frozen weights that are plain CPU tensors cost nothing to keep in host memory: block swap replaces them. The
     optimiser's states are counted as if they were not there yet. Works on `meta`, whose weights count as the device's.
+    With `turns` the weights of all blocks wait there while another transformer is used.
     """
     found: dict[str, dict[str, int]] = {"host": {}, "disk": {}}
     if strategy.activation_offload != "none":
         moved = _kept_bytes(len(getattr(transformer, spec.blocks)), spec, strategy, workload)
         found[strategy.activation_offload]["activation_offload"] = moved
-    if strategy.block_swap:
-        found[strategy.block_swap_from]["block_swap"] = _swapped_bytes(transformer, spec, strategy, weight_files)
+    if strategy.block_swap or turns:
+        count = len(getattr(transformer, spec.blocks))
+        away = count if turns else min(strategy.block_swap, count)
+        found[strategy.block_swap_from]["block_swap"] = _swapped_bytes(transformer, spec, strategy, weight_files, away)
     if strategy.optimizer_offload:
         trained = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
         found["host"]["optimizer_offload"] = STATE_BYTES * trained
     return Needs(**found)
+
+
+def together(of_each: Sequence[Needs]) -> Needs:
+    """What models of one shape need under one strategy, of which one computes at a time: its activations once."""
+
+    def total(tier: Callable[[Needs], Mapping[str, int]]) -> dict[str, int]:
+        once = {"activation_offload"}
+        fields = dict.fromkeys(field for own in of_each for field in tier(own))
+        return {
+            field: (max if field in once else sum)(tier(own).get(field, 0) for own in of_each) for field in fields
+        }
+
+    return Needs(total(lambda own: own.host), total(lambda own: own.disk))
 
 
 def check(needed: Needs, free: Free) -> None:
@@ -152,12 +169,12 @@ def _kept_bytes(blocks: int, spec: ModelSpec, strategy: MemoryStrategy, workload
 
 
 def _swapped_bytes(
-    transformer: nn.Module, spec: ModelSpec, strategy: MemoryStrategy, weight_files: Mapping[str, WeightFile]
+    transformer: nn.Module, spec: ModelSpec, strategy: MemoryStrategy, weight_files: Mapping[str, WeightFile], away: int
 ) -> int:
-    """Bytes of the swapped blocks' frozen weights that are not yet where they shall wait."""
+    """Bytes of the frozen weights of the `away` blocks that are swapped which are not yet where they shall wait."""
     blocks: nn.ModuleList = getattr(transformer, spec.blocks)
     total = 0
-    for index in swapped_blocks(len(blocks), min(strategy.block_swap, len(blocks))):
+    for index in swapped_blocks(len(blocks), away):
         for name, parameter in blocks[index].named_parameters(f"{spec.blocks}.{index}"):
             if parameter.requires_grad:
                 continue

@@ -65,6 +65,7 @@ def apply(
         *memory_conflicts(strategy),
         *_unfit(strategy, blocks, spec),
         *_unfit_fallbacks(strategy, blocks, spec),
+        *_ignored(strategy, among),
     ]:
         raise ConfigError(found)
     if strategy.quantization != "none":
@@ -75,7 +76,8 @@ def apply(
         elif copies is None and (strategy.activation_offload != "none" or strategy.block_swap):
             copies = copies_for(next(transformer.parameters()).device)
             features.callback(copies.close)
-        keep_for = features.enter_context(keeping(strategy, len(blocks), copies, scratch))
+        kept = _kept(strategy, copies, scratch, among.turns, features)
+        keep_for = features.enter_context(keeping(strategy, len(blocks), copies, kept))
         files = (f"{spec.blocks}.", weight_files or {})
         if strategy.block_swap or among.turns is not None:
             assert copies is not None
@@ -138,6 +140,12 @@ def _unfit_fallbacks(strategy: MemoryStrategy, blocks: nn.ModuleList, spec: Mode
             yield Problem(problem.what, where, problem.remedy)
 
 
+def _ignored(strategy: MemoryStrategy, among: Among) -> Iterator[Problem]:
+    """Weights wait somewhere only if some are away: those of swapped blocks, or of another transformer's."""
+    if strategy.block_swap_from != "host" and not strategy.block_swap and among.turns is None:
+        yield Problem("it would be ignored", "memory.block_swap_from", "set memory.block_swap")
+
+
 def _drops_out(blocks: nn.ModuleList) -> bool:
     return any(isinstance(module, nn.Dropout) and module.p > 0 for module in blocks.modules())
 
@@ -166,18 +174,39 @@ def _coming_and_going(
 
 @contextmanager
 def keeping(
-    strategy: MemoryStrategy, count: int, copies: Copies | None, scratch: Path
+    strategy: MemoryStrategy, count: int, copies: Copies | None, tier: HostTier | DiskTier | None
 ) -> Iterator[Callable[[int], Keep]]:
-    """Yields how a segment, by its number, of a model of `count` blocks keeps what is its own until backward."""
+    """Yields how a segment, by its number, of a model of `count` blocks keeps what is its own until backward.
+
+    What is moved is moved by `copies` to `tier`.
+    """
     if strategy.activation_offload == "none":
         yield lambda _segment: keep_on_device
         return
     assert copies is not None
-    with ExitStack() as features:
-        tier = _tier(strategy.activation_offload, "activations", copies, scratch, features)
-        moving = features.enter_context(activation_offload(copies, tier))
+    assert tier is not None
+    with activation_offload(copies, tier) as moving:
         segments = -(-count // strategy.checkpoint_every)
         yield keep_first(round(segments * strategy.activation_offload_fraction), moving, keep_on_device)
+
+
+def kept_in(
+    strategy: MemoryStrategy, copies: Copies | None, scratch: Path, features: ExitStack
+) -> HostTier | DiskTier | None:
+    """Where activations that are moved wait, for as long as `features`."""
+    if strategy.activation_offload == "none" or copies is None:
+        return None
+    return _tier(strategy.activation_offload, "activations", copies, scratch, features)
+
+
+def _kept(
+    strategy: MemoryStrategy, copies: Copies | None, scratch: Path, turns: Turns | None, features: ExitStack
+) -> HostTier | DiskTier | None:
+    """`kept_in`, which transformers that take turns need once: none keeps anything beyond its turn."""
+    if turns is None:
+        return kept_in(strategy, copies, scratch, features)
+    turns.kept = turns.kept or kept_in(strategy, copies, scratch, features)
+    return turns.kept
 
 
 @contextmanager

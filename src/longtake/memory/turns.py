@@ -13,7 +13,7 @@ from torch import nn
 
 from longtake.memory.block_weights import Home, Slot, Waiting, slots_for
 from longtake.memory.copies import Copies
-from longtake.memory.host_buffers import copy, done, settle, use
+from longtake.memory.host_buffers import DiskTier, HostTier, copy, done, settle, use
 
 
 class Turns:
@@ -27,6 +27,8 @@ class Turns:
         self.streaming: list[Slot] = []
         """Those of the transformers' rings."""
         self.staying: list[Slot] = []
+        self.kept: HostTier | DiskTier | None = None
+        """Where activations wait that are moved away."""
         self.in_use: _Turn | None = None
 
     def give(self, turn: _Turn | None) -> None:
@@ -47,10 +49,11 @@ class Turns:
             home.put(slot.parameters)
 
     def close(self) -> None:
-        """Waits for what is on its way."""
+        """Waits for what is on its way, and ends the copies."""
         assert self.in_use is None, "a transformer still has the buffers"
         for slot in self.staying:
             settle(self.copies, slot.buffer)
+        self.copies.close()
 
 
 class _Turn:

@@ -21,7 +21,7 @@ from longtake.config.schema import MemoryStrategy
 from longtake.memory.block_swap import Ring, swapped_blocks
 from longtake.memory.block_weights import Layout, Slot
 from longtake.memory.host_buffers import Buffer, HostTier, Keep, Kept, keep_on_device, use
-from longtake.memory.strategy import keeping
+from longtake.memory.strategy import keeping, kept_in
 from longtake.planner.events import Compute, Counts, Item
 from longtake.planner.kernels import GRANULE, rounded
 from longtake.planner.ledger import Ledger
@@ -71,7 +71,8 @@ def compose(
     ledger = Ledger(workspaces=False, log=storages)
     copies = PlannedCopies(ledger, log)
     with ExitStack() as stack:
-        keep_for = stack.enter_context(keeping(strategy, blocks, copies, _NOWHERE))
+        tier = kept_in(strategy, copies, _NOWHERE, stack)
+        keep_for = stack.enter_context(keeping(strategy, blocks, copies, tier))
         stack.enter_context(ledger)
         player = _Player(log, ledger, _held(recording, update, blocks, accumulating), keep_for, storages)
         swapped = swapped_blocks(blocks, strategy.block_swap) if strategy.block_swap else ()

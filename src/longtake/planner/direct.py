@@ -8,7 +8,9 @@ from typing import Any
 
 from longtake.config.schema import MemoryStrategy
 from longtake.memory.optimizer_offload import OffloadedAdamW
-from longtake.memory.strategy import apply
+from longtake.memory.host_buffers import use
+from longtake.memory.strategy import ALONE, Among, apply
+from longtake.memory.turns import Turns
 from longtake.planner.composition import Composed
 from longtake.planner.events import KINDS, Compute, Item
 from longtake.planner.ledger import Ledger
@@ -23,24 +25,37 @@ from longtake.training.batch import Batch
 _NOWHERE = Path("/nonexistent")
 
 
-def trace(model: MetaModel, strategy: MemoryStrategy, batch: Batch, micro_batches: int = 1) -> Composed:
-    """`micro_batches` passes of `batch` and the update. `micro_batch` of the result has the items of all passes."""
+def trace(
+    model: MetaModel, strategy: MemoryStrategy, batch: Batch, micro_batches: int = 1, idle: MetaModel | None = None
+) -> Composed:
+    """`micro_batches` passes of `batch` and the update. `micro_batch` of the result has the items of all passes.
+
+    `idle` is another model that a run trains, whose turn it is not.
+    """
     subject = model.subject
     log: list[Any] = []
     ledger = Ledger(log=log)
     copies = PlannedCopies(ledger, log)
-    parameters = model.parameters
+    models = [model] if idle is None else [model, idle]
+    among = Among(turns=Turns(copies)) if idle is not None and subject.lora is not None else ALONE
     with ExitStack() as stack:
-        stack.enter_context(as_it_was(model.transformer))
-        optimizer = optimizer_for(parameters, subject.training, strategy, copies, subject.device_type)
+        for each in models:
+            stack.enter_context(as_it_was(each.transformer))
+        optimizers = [
+            optimizer_for(each.parameters, subject.training, strategy, copies, subject.device_type) for each in models
+        ]
+        parameters, optimizer = model.parameters, optimizers[0]
         stack.enter_context(operators_of(subject.device_type))
         stack.enter_context(label_gradients(ledger, [*parameters.values()]))
-        stack.enter_context(apply(model.transformer, model.spec, strategy, _NOWHERE, copies=copies))
-        frozen = [parameter for parameter in model.transformer.parameters() if not parameter.requires_grad]
-        ledger.hold("weights", copies.on_device([*frozen, *model.transformer.buffers()]))
-        ledger.hold(model.trained_kind, parameters.values())
-        if not isinstance(optimizer, OffloadedAdamW):
-            ledger.hold("optimizer", (value for state in optimizer.state.values() for value in state.values()))
+        for each, its in zip(models, optimizers, strict=True):
+            stack.enter_context(apply(each.transformer, each.spec, strategy, _NOWHERE, copies=copies, among=among))
+            frozen = [parameter for parameter in each.transformer.parameters() if not parameter.requires_grad]
+            ledger.hold("weights", copies.on_device([*frozen, *each.transformer.buffers()]))
+            ledger.hold(each.trained_kind, each.parameters.values())
+            if not isinstance(its, OffloadedAdamW):
+                ledger.hold("optimizer", (value for state in its.state.values() for value in state.values()))
+        if among.turns is not None:
+            ledger.hold("weights", (use(copies, slot.buffer) for slot in among.turns.staying))
         ledger.hold("block", batch_tensors(batch))
         before = len(log)
         with ledger:

@@ -163,6 +163,10 @@ DEVICES: dict[str, Device] = {
             936 * GIGA, PCIE_4, THROUGH_HOST * PCIE_4, *_GEFORCE,
         ),
         Device(
+            "rtx-4080", "ada", int(15.59 * GIB), 97.5 * TERA, 48.7 * TERA,
+            717 * GIGA, PCIE_4, THROUGH_HOST * PCIE_4, *_GEFORCE,
+        ),
+        Device(
             "rtx-4090", "ada", int(23.52 * GIB), 165.2 * TERA, 82.6 * TERA,
             1008 * GIGA, PCIE_4, THROUGH_HOST * PCIE_4, *_GEFORCE,
         ),
@@ -196,6 +200,7 @@ _SPELLINGS = (
     (r"\ba[18]00\b", "a100-80gb"),
     (r"\bl40s\b", "l40s"),
     (r"\b(rtx)? ?3090\b", "rtx-3090"),
+    (r"\b(rtx)? ?4080\b", "rtx-4080"),
     (r"\b(rtx)? ?4090\b", "rtx-4090"),
     (r"\b(rtx)? ?5090\b", "rtx-5090"),
     (r"\b(rtx)? ?a6000\b", "rtx-a6000"),

@@ -30,7 +30,8 @@ META = torch.device("meta")
 class Subject:
     """What is trained, and on what kind of device: everything about a run that no memory strategy changes.
 
-    Without `lora` all weights are trained, in fp32; `dtype` is that of frozen weights.
+    Without `lora` all weights are trained, in fp32; `dtype` is that of frozen weights. `experts` is how many
+    transformers are.
     """
 
     variant: WanVariant
@@ -38,6 +39,7 @@ class Subject:
     training: TrainingConfig
     dtype: Precision = "bf16"
     device_type: DeviceType = "cuda"
+    experts: int = 1
 
     @property
     def spec(self) -> ModelSpec:
@@ -71,14 +73,17 @@ class MetaModel:
 
 
 def build(subject: Subject, blocks: int | None = None) -> MetaModel:
-    """As `training.model.build_model` would have it on a device; with the first `blocks` of the blocks, or all."""
+    """As `training.model.build_model` would have it on a device; with the first `blocks` of the blocks, or all.
+
+    Adapters whose rank differs between blocks have the mean rank in each, so that few blocks can stand for all.
+    """
     count = subject.blocks if blocks is None else blocks
     with META:
         transformer = WanTransformer3DModel(**subject.variant.transformer_config | {"num_layers": count})
     for name, parameter in transformer.named_parameters():
         parameter.data = parameter.data.to(_dtype_of(name, subject))
     if subject.lora is not None:
-        attach(transformer, subject.lora, subject.training.seed)
+        attach(transformer, _alike(subject.lora, subject.blocks), subject.training.seed)
     else:
         transformer.requires_grad_(True)
     transformer.train()
@@ -119,6 +124,12 @@ def as_it_was(transformer: nn.Module) -> Iterator[None]:
     finally:
         for module, parameters in kept:
             module._parameters.update(parameters)
+
+
+def _alike(lora: LoraConfig, blocks: int) -> LoraConfig:
+    """`lora` with one rank for all of `blocks` blocks: the mean, rounded up."""
+    own = sum((last + 1 - first) * (rank - lora.rank) for first, last, rank in lora.block_ranks)
+    return lora.model_copy(update={"rank": lora.rank + -(-own // blocks), "block_ranks": ()})
 
 
 def _dtype_of(name: str, subject: Subject) -> torch.dtype:

@@ -171,7 +171,7 @@ def _buckets(request: Request, search: Search, candidate: Candidate) -> tuple[Bu
 def _stages_of(request: Request, tracer: Tracer, candidate: Candidate) -> tuple[StagePeak, ...]:
     """The stages of training beside its steps."""
     subject, resident = request.subject, candidate.resident_bytes + candidate.context_bytes
-    values = tracer.trained_values
+    values = tracer.trained_values * subject.experts
     average = 4 * values if subject.training.ema else 0
     forward = max(
         (sum(item.held) for item in _computes(candidate) if item.label.startswith("forward")),

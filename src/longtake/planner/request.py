@@ -19,16 +19,19 @@ from longtake.errors import ConfigError, NothingFits, Problem
 from longtake.memory.accounting import free_for
 from longtake.memory.strategy import unfit
 from longtake.memory_gauge import expand_segments
-from longtake.models.wan.detection import decide, detect
+from longtake.models.wan.detection import decide
 from longtake.models.wan.variants import VARIANTS, WanVariant, variant
+from longtake.models.wan.weights import detect_given
 from longtake.planner.candidates import Freedom
 from longtake.planner.hardware import DEVICES, Device, device, measure_cpu, recognise
 from longtake.planner.machine import Machine
 from longtake.planner.meta_model import Subject
+from longtake.planner.operators import DeviceType
 from longtake.planner.planning import Request, plan
 from longtake.planner.plans import Bucket, Report
 from longtake.planner.report import to_json
 from longtake.planner.words import why_not
+from longtake.training.model import choose_experts
 from longtake.training.planned import FILE as PLAN
 from longtake.training.planned import Planned, PlannedStrategy
 from longtake.training.run_folder import CONFIG
@@ -65,7 +68,9 @@ def request_of(config: RunConfig, where: Where, clips: bool = True) -> tuple[Req
     if where.gpus < 1:
         raise ConfigError(Problem(f"{where.gpus} GPUs train nothing", "--gpus", "use 1 or more"))
     machine, notes = _machine(config, where, found)
-    subject = Subject(found, config.lora, config.training, config.model.dtype, "cpu" if machine.is_cpu else "cuda")
+    experts = len(choose_experts(config, found.spec))
+    kind: DeviceType = "cpu" if machine.is_cpu else "cuda"
+    subject = Subject(found, config.lora, config.training, config.model.dtype, kind, experts)
     drops_out = config.lora is not None and config.lora.dropout > 0
     if problems := [*unfit(config.memory, (subject.blocks, found.spec.heads), config.lora is not None, drops_out)]:
         raise ConfigError(problems)
@@ -183,10 +188,7 @@ def _pinned(parallel: ParallelConfig) -> dict[str, Any]:
 def _variant(config: RunConfig) -> WanVariant:
     model = config.model
     if model.path:
-        path = Path(model.path)
-        if not path.exists():
-            raise ConfigError(Problem(f"there is no {path}", "model.path"))
-        return decide(detect(path), path, model.name)
+        return decide(detect_given(model), Path(model.path), model.name)
     published = {row.hub_id.lower(): row for row in VARIANTS.values() if row.hub_id}
     return published.get(model.name.lower()) or variant(model.name)
 

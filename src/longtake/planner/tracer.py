@@ -16,12 +16,15 @@ from longtake.planner.composition import Composed, compose
 from longtake.planner.load import Load
 from longtake.planner.meta_model import MetaModel, Subject, build, meta_batch
 from longtake.planner.parallel import distribute
+from longtake.planner.rank_items import rounded
 from longtake.planner.recorded import Recording, Update, structure_of
 from longtake.planner.recording import record
 from longtake.planner.sequence import exchange_of
 from longtake.planner.sizes import sizes_of
 from longtake.planner.storages import Storages
+from longtake.planner.turns import Idle, with_idle
 from longtake.planner.update import record_update
+from longtake.training.flow_matching import quantile_of
 from longtake.training.precision import DTYPES
 
 RECORDED_BLOCKS = 3
@@ -83,7 +86,11 @@ class Tracer:
         return compose(recording, update, strategy, self.blocks, load.accumulating, storages)
 
     def distributed(self, strategy: MemoryStrategy, load: Load, parallel: ParallelConfig, gpus: int) -> Composed:
-        """The step of one of `gpus` ranks."""
+        """The step of one of `gpus` ranks; of two experts that take turns, either's."""
+        composed = self._on_a_rank(strategy, load, parallel, gpus)
+        return composed if self.subject.experts == 1 else with_idle(composed, self._idle(strategy, load, parallel))
+
+    def _on_a_rank(self, strategy: MemoryStrategy, load: Load, parallel: ParallelConfig, gpus: int) -> Composed:
         if parallel.strategy in ("single", "auto"):
             return self.composed(strategy, load)
         # the buckets in which DDP reduces gradients are there from the start
@@ -93,6 +100,28 @@ class Tracer:
         itemsize = DTYPES[self.subject.training.precision].itemsize
         exchange = exchange_of(self.spec, load.bucket, load.clips, load.sp, itemsize) if load.sp > 1 else None
         return distribute(self.composed(strategy, own), parallel, gpus, sizes, exchange)
+
+    def _idle(self, strategy: MemoryStrategy, load: Load, parallel: ParallelConfig) -> Idle:
+        """Frozen blocks take turns on the device, unless an engine moves weights."""
+        recording, training = self.recording(strategy, load), self.subject.training
+        turns = self.frozen and parallel.strategy not in SHARDED
+        one, swapped = recording.layout.nbytes, strategy.block_swap
+        waiting, away = (self.blocks * one, swapped * one) if turns else (0, 0)
+        host = strategy.block_swap_from == "host"
+        disk = not host and strategy.quantization != "none"  # else the weights are in the model's own files
+        boundary = self.spec.boundary_ratio
+        share = 1 - quantile_of(boundary, training) if boundary else 0.5
+        return Idle(
+            resident_bytes=(self.blocks - swapped) * recording.block_weights if turns else 0,
+            shared_bytes=(self.blocks - swapped) * rounded(one) if turns else 0,
+            host_bytes=waiting if host else 0,
+            disk_bytes=waiting if disk else 0,
+            swapped_host_bytes=away if host else 0,
+            swapped_disk_bytes=away if disk else 0,
+            states_host_bytes=self.update(strategy).host_bytes,
+            keeps_gradients=parallel.strategy == "ddp",
+            changes=2 * min(share, 1 - share),
+        )
 
     def recording(self, strategy: MemoryStrategy, load: Load) -> Recording:
         """The passes of a few blocks; of all, where blocks are recomputed several at a time."""

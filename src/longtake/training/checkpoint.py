@@ -3,7 +3,8 @@
 A folder `checkpoints/step-00000100` holds `trained.safetensors`, `optimizer.safetensors`, `ema.safetensors` where there
 is an average, `state.json`, and `manifest.json` with the hash of each, written last. Several ranks write a file each,
 `trained-00001-of-00002.safetensors`; of a tensor that none of them has whole, each writes the values that it has. What
-was written by any number of ranks under any engine is read by any other.
+was written by any number of ranks under any engine is read by any other. Of a model of two transformers, names begin
+with `transformer:` or `transformer_2:`.
 """
 
 import json
@@ -33,9 +34,12 @@ class Checkpoint:
     folder: Path
     state: Mapping[str, Any]
 
-    def of(self, group: Group) -> TensorFiles:
-        """The tensors of a group, by parameter name; of a group that was not saved none."""
-        return TensorFiles(self.folder, group)
+    def of(self, group: Group, prefix: str = "") -> TensorFiles:
+        """The tensors of a group, by parameter name; of a group that was not saved none.
+
+        `prefix` is what an expert's names begin with where there are several.
+        """
+        return TensorFiles(self.folder, group, prefix)
 
     def tensors(self, group: Group) -> dict[str, Tensor]:
         """All of them, whole, on the CPU."""

@@ -2,8 +2,8 @@
 
 import gc
 import re
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,9 +13,11 @@ import torch
 from longtake.config.schema import MemoryStrategy
 from longtake.distributed.ranks import ALONE, Ranks
 from longtake.errors import ConfigError, Problem, RunError, agreed
-from longtake.memory.accounting import Workload, check, free_for, needs
+from longtake.memory.accounting import Workload, check, free_for, needs, together
+from longtake.memory.copies import copies_for
 from longtake.memory.strategy import ALONE as NO_OTHERS
 from longtake.memory.strategy import Among, apply, ladder
+from longtake.memory.turns import Turns
 from longtake.training.model import TrainedModel
 from longtake.training.run_folder import SCRATCH
 
@@ -23,14 +25,14 @@ Computed = TypeVar("Computed")
 
 
 class StrategyInForce:
-    """A context in which a memory strategy is applied to the model that `run` trains; `current` is the one in force.
+    """A context in which a memory strategy is applied to the models that `run` trains; `current` is the one in force.
 
-    After it come the configured strategy's `fallbacks`, or the fixed ladder where it has none.
+    Several models with frozen weights take turns on the device. After the strategy come the configured strategy's `fallbacks`, or the fixed ladder where it has none.
     """
 
     def __init__(
         self,
-        model: TrainedModel,
+        models: Sequence[TrainedModel],
         configured: MemoryStrategy,
         workload: Workload,
         run: Path,
@@ -38,9 +40,10 @@ class StrategyInForce:
         ranks: Ranks = ALONE,
         among: Among = NO_OTHERS,
     ) -> None:
-        self.model = model
+        self.models = models
         self.configured = self.current = configured
-        self.waiting = [*(configured.fallbacks or ladder(configured, model.transformer, model.spec))]
+        first = models[0]
+        self.waiting = [*(configured.fallbacks or ladder(configured, first.transformer, first.spec))]
         self.workload = workload
         self.run = run
         self.say = say
@@ -123,9 +126,7 @@ class StrategyInForce:
         """None, or how the device had no room for what `strategy` itself holds there; then nothing is applied."""
         _release()
         self.current = strategy
-        model = self.model
-        applying = apply(model.transformer, model.spec, strategy, self.scratch, model.weight_files, among=self.among)
-        tried = _tried(lambda: self.applied.enter_context(applying))
+        tried = _tried(lambda: self._enter(strategy))
         failed = isinstance(tried, OutOfMemory)
         if not self.ranks.any(failed):
             return None
@@ -133,6 +134,17 @@ class StrategyInForce:
         failure = tried if isinstance(tried, OutOfMemory) else ELSEWHERE
         self.say(f"{moment}: {failure.described()} when applying {in_words(strategy)}")
         return failure
+
+    def _enter(self, strategy: MemoryStrategy) -> None:
+        """Applies `strategy` to every model."""
+        among = self.among
+        if self.turns:
+            turns = self.applied.enter_context(closing(Turns(copies_for(self.device))))
+            among = replace(among, turns=turns)
+        for model in self.models:
+            scratch = self.scratch / model.expert.noise
+            places = (scratch, model.weight_files)
+            self.applied.enter_context(apply(model.transformer, model.spec, strategy, *places, among=among))
 
     def _refuse(self, strategy: MemoryStrategy) -> None:
         """Raises ConfigError on every rank where host or disk of one cannot hold what a fallback moves there."""
@@ -146,12 +158,29 @@ class StrategyInForce:
             raise refusal
 
     def _check(self, strategy: MemoryStrategy) -> None:
-        model = self.model
-        device = next(iter(model.parameters.values())).device
-        needed = needs(model.transformer, model.spec, strategy, self.workload, model.weight_files)
-        free = free_for(device, self.scratch)
+        """The models' needs together: only one computes at a time, whose activations are counted once."""
+        of_each = [
+            needs(each.transformer, each.spec, strategy, self.workload, each.weight_files, self.turns)
+            for each in self.models
+        ]
+        free = free_for(self.device, self.scratch)
         beside = self.ranks.local_world  # each of them needs as much
-        check(needed, replace(free, host_bytes=free.host_bytes // beside, disk_bytes=free.disk_bytes // beside))
+        check(
+            together(of_each),
+            replace(free, host_bytes=free.host_bytes // beside, disk_bytes=free.disk_bytes // beside),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models compute."""
+        return next(iter(self.models[0].parameters.values())).device
+
+    @property
+    def turns(self) -> bool:
+        """Whether models take turns on the device: frozen ones can, where no engine moves their weights."""
+        blocks = [getattr(model.transformer, model.spec.blocks) for model in self.models]
+        frozen = all(not all(each.requires_grad for each in own.parameters()) for own in blocks)
+        return len(blocks) > 1 and frozen and not self.among.weights
 
 
 @dataclass(frozen=True)

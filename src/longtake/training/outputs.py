@@ -4,17 +4,20 @@ A checkpoint is whole, whichever ranks and engine wrote it, so that none of them
 """
 
 import re
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from longtake.config.schema import RunConfig
-from longtake.lora import save_adapter
+from longtake.config.schema import LoraFormat, RunConfig
+from longtake.lora import save_adapter, trained_adapter
 from longtake.models.wan.weights import Loading, ModelFiles, load_transformer, save_transformer
+from longtake.training.card import Card, run_samples, write_card
 from longtake.training.checkpoint import Checkpoint
-from longtake.training.model import choose_expert
+from longtake.training.experts import prefix_of
+from longtake.training.model import Expert, choose_experts
 from longtake.training.tensor_files import TensorFiles
 
 ADAPTER = "adapter.safetensors"
@@ -22,37 +25,59 @@ CPU = torch.device("cpu")
 
 
 def write_outputs(config: RunConfig, run: Path, checkpoint: Checkpoint, model_files: ModelFiles) -> None:
-    """The adapter in each format that is asked for, or the transformer; of the average, if there is one."""
-    trained = checkpoint.of("ema" if config.training.ema else "trained")
-    if config.lora is None:
-        _write_transformer(config, model_files, trained, run / "transformer")
-        return
-    state = adapter_of(trained)
-    described = adapter_metadata(config, model_files)
-    save_adapter(run / ADAPTER, state, config.lora.alpha, "comfyui", described)
-    for form in config.output.formats:
-        if form != "comfyui":
-            save_adapter(run / f"adapter-{form}.safetensors", state, config.lora.alpha, form, described)
+    """The adapter in each format that is asked for, or the transformer; of the average, if there is one.
+
+    One of each for each expert that the run trains; and a model card beside them.
+    """
+    experts = choose_experts(config, model_files.variant.spec)
+    names = []
+    for expert in experts:
+        trained = checkpoint.of("ema" if config.training.ema else "trained", prefix_of(expert))
+        if config.lora is None:
+            folder = trained_folder(run, expert, experts)
+            _write_transformer(expert, model_files, trained, folder)
+            names.append(folder.name)
+            continue
+        adapter = trained_adapter(adapter_of(trained), config.lora, adapter_metadata(config, model_files, expert))
+        whole = of_expert(run / ADAPTER, expert, experts)
+        save_adapter(whole, adapter, "comfyui")
+        names.append(whole.name)
+        for form in config.output.formats:
+            if form != "comfyui":
+                save_adapter(whole.with_stem(f"{whole.stem}-{form}"), adapter, form)
+    full = config.lora is None
+    layout: LoraFormat = "diffusers" if full else "comfyui"
+    write_card(run, Card(config, model_files.variant, tuple(names), full, run_samples(run), layout))
+
+
+def of_expert(path: Path, expert: Expert, experts: Sequence[Expert]) -> Path:
+    """`path`, of several experts with `-high-noise` or `-low-noise` before its suffix."""
+    return path if len(experts) == 1 else path.with_stem(f"{path.stem}-{expert.noise}-noise")
+
+
+def trained_folder(run: Path, expert: Expert, experts: Sequence[Expert]) -> Path:
+    """Where full fine-tuning leaves a transformer: under its component's name where both are trained."""
+    return run / ("transformer" if len(experts) == 1 else expert.component)
 
 
 def adapter_of(trained: TensorFiles) -> dict[str, Tensor]:
     """An adapter's weights by the names of its layers, without peft's name of the adapter."""
-    return {re.sub(r"(lora_[AB])\.[^.]+\.weight$", r"\1.weight", name): trained.whole(name) for name in trained.names()}
+    own = re.compile(r"(lora_A|lora_B|lora_magnitude_vector)\.[^.]+\.weight$")
+    return {own.sub(r"\1.weight", name): trained.whole(name) for name in trained.names()}
 
 
-def adapter_metadata(config: RunConfig, model_files: ModelFiles) -> dict[str, str]:
+def adapter_metadata(config: RunConfig, model_files: ModelFiles, expert: Expert) -> dict[str, str]:
     """What an adapter's file says of how it was made."""
     return {
         "longtake.version": version("longtake"),
         "longtake.model": model_files.variant.name,
-        "longtake.expert": config.model.expert,
+        "longtake.expert": expert.noise or "both",
         "longtake.num_frames": str(config.data.num_frames),
         "longtake.steps": str(config.training.steps),
     }
 
 
-def _write_transformer(config: RunConfig, model_files: ModelFiles, trained: TensorFiles, folder: Path) -> None:
-    component, _ = choose_expert(config, model_files.variant.spec)
-    transformer = load_transformer(model_files, component, torch.float32, CPU, Loading(lambda _name: None))
+def _write_transformer(expert: Expert, model_files: ModelFiles, trained: TensorFiles, folder: Path) -> None:
+    transformer = load_transformer(model_files, expert.component, torch.float32, CPU, Loading(lambda _name: None))
     transformer.load_state_dict({name: trained.whole(name) for name in trained.names()}, assign=True)
     save_transformer(transformer, folder, "diffusers")

@@ -4,31 +4,31 @@ from collections.abc import Sequence
 
 import torch
 
-from longtake.distributed.backend import Backend
 from longtake.distributed.pieces import Piece
 from longtake.errors import Problem, RunError
-from longtake.training.average import MovingAverage
 from longtake.training.checkpoint import Checkpoint
+from longtake.training.experts import Trained, prefix_of
 from longtake.training.optimizer import allocate_states
 from longtake.training.tensor_files import TensorFiles, fill
 
 
-def restore(checkpoint: Checkpoint, backend: Backend, average: MovingAverage | None) -> None:
-    """Weights, optimiser states, average and loss scale as they were; every rank has to call it.
+def restore(checkpoint: Checkpoint, trained: Trained) -> None:
+    """Weights, optimiser states, average and loss scale of a transformer as they were; every rank has to call it.
 
     Raises RunError where they are of another model or optimiser; the loss scale of a run without one stays fresh.
     """
+    backend, average, prefix = trained.backend, trained.average, prefix_of(trained.model.expert)
     allocate_states(backend.optimizer)
     with backend.tensors(write=True) as held:
-        weights = checkpoint.of("trained")
+        weights = checkpoint.of("trained", prefix)
         # what no rank knows of the stored, or the store not of the rank's
         if set(weights.names()) != backend.parameters.keys() or [*fill(held["trained"], weights)]:
             where = str(checkpoint.folder)
             raise RunError(Problem("the checkpoint holds other parameters than the run trains", where))
-        load_states(held["optimizer"], checkpoint.of("optimizer"))
-    if average is not None and [*fill(average.pieces, checkpoint.of("ema"))]:
+        load_states(held["optimizer"], checkpoint.of("optimizer", prefix))
+    if average is not None and [*fill(average.pieces, checkpoint.of("ema", prefix))]:
         raise RunError(Problem("the checkpoint has no average of the weights", str(checkpoint.folder)))
-    backend.scale.load_state(checkpoint.state.get("backend", {}))
+    backend.scale.load_state(checkpoint.state.get(f"{prefix}backend", {}))
 
 
 def load_states(pieces: Sequence[Piece], files: TensorFiles) -> None:

@@ -1,6 +1,7 @@
-"""What one does with a finished or running run: sample from it, export its adapter, merge it into full weights."""
+"""What one does with a finished or running run: sample from it, take its adapter."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,21 @@ import torch
 
 from longtake import files
 from longtake.config.load import load_config
-from longtake.config.schema import LoraFormat, ModelConfig, Precision, RunConfig
+from longtake.config.schema import ModelConfig, Precision, RunConfig
 from longtake.data.encode import component_root
 from longtake.data.video import read_image, write_clip
 from longtake.distributed.backend import local_device
 from longtake.errors import ConfigError, ModelError, Problem
-from longtake.lora import Adapter, attach_adapter, merge, read_adapter, save_adapter
+from longtake.lora import Adapter, attach_adapter, read_adapter, trained_adapter
 from longtake.models.spec import ModelSpec
 from longtake.models.wan import tiny
-from longtake.models.wan.weights import ModelFiles, load_transformer, locate, save_transformer
+from longtake.models.wan.weights import ModelFiles, load_transformer, locate
 from longtake.progress import Reporter
 from longtake.sampling import SampleRequest, check_request, encode_requests, sample_encoded
 from longtake.training.checkpoint import load_newest
-from longtake.training.model import choose_expert, find_model
-from longtake.training.outputs import ADAPTER, adapter_metadata, adapter_of
+from longtake.training.experts import prefix_of
+from longtake.training.model import Expert, choose_experts, find_model
+from longtake.training.outputs import ADAPTER, adapter_of, of_expert, trained_folder
 from longtake.training.precision import DTYPES
 from longtake.training.run_folder import CONFIG
 
@@ -51,11 +53,12 @@ def read_run(run: Path) -> RunConfig:
     return load_config(run / CONFIG)
 
 
-def run_adapter(run: Path, config: RunConfig, reporter: Reporter) -> Adapter:
-    """The run's adapter: the finished one, else that of the newest checkpoint (of the average where there is one)."""
+def run_adapter(run: Path, config: RunConfig, spec: ModelSpec, expert: Expert, reporter: Reporter) -> Adapter:
+    """The run's adapter of an expert: the finished one, else that of the newest checkpoint (of the average where there is one)."""
     assert config.lora is not None
-    if (run / ADAPTER).is_file():
-        adapter = read_adapter(run / ADAPTER)
+    finished = of_expert(run / ADAPTER, expert, choose_experts(config, spec))
+    if finished.is_file():
+        adapter = read_adapter(finished)
         if adapter.metadata.get("longtake.steps") == str(config.training.steps):
             return adapter  # else the run goes on to more steps
     checkpoint = load_newest(run, reporter.line)
@@ -64,28 +67,15 @@ def run_adapter(run: Path, config: RunConfig, reporter: Reporter) -> Adapter:
             Problem("the run has no adapter and no checkpoint yet", str(run), "wait for output.save_every")
         )
     reporter.line(f"the run is not finished: using the checkpoint after step {checkpoint.step}")
-    state = adapter_of(checkpoint.of("ema")) or adapter_of(checkpoint.of("trained"))
-    return Adapter(state, config.lora.alpha, {})
+    prefix = prefix_of(expert)
+    state = adapter_of(checkpoint.of("ema", prefix)) or adapter_of(checkpoint.of("trained", prefix))
+    return trained_adapter(state, config.lora, {})
 
 
-def export(run: Path, form: LoraFormat, merged: bool, out: Path, reporter: Reporter) -> None:
-    """Writes the adapter in `form`; or, with `merged` or after full fine-tuning, the full weights in that layout."""
-    config = read_run(run)
-    model_files = find_model(config, reporter.line)
-    if config.lora is not None and not merged:
-        adapter = run_adapter(run, config, reporter)
-        save_adapter(out, adapter.state, adapter.alpha, form, adapter_metadata(config, model_files))
-        return
-    if form == "kohya":
-        raise ConfigError(
-            Problem("kohya's format is for adapters", "--format", "use comfyui or diffusers for full weights")
-        )
-    transformer = _trained_transformer(run, config, model_files, torch.device("cpu"), reporter)
-    save_transformer(transformer, out, "diffusers" if form == "diffusers" else "original")
-
-
-def sample_to_file(run: Path | None, model: str, lora: Path | None, wish: Wish, out: Path, reporter: Reporter) -> None:
-    """Samples from a run, or from a model with or without a LoRA file, and writes the mp4."""
+def sample_to_file(
+    run: Path | None, model: str, loras: Sequence[Path], wish: Wish, out: Path, reporter: Reporter
+) -> None:
+    """Samples from a run, or from a model with or without LoRA files, one for a transformer, and writes the mp4."""
     device = local_device()
     if run is not None:
         config = read_run(run)
@@ -100,17 +90,17 @@ def sample_to_file(run: Path | None, model: str, lora: Path | None, wish: Wish, 
     spec = model_files.variant.spec
     root = component_root(model_files.root, "model.components")
     check_request(request, spec)
+    adapters = adapters_of(loras, spec)
     (encoded,) = encode_requests(root, spec, [request], device)  # before the transformer, which leaves encoders no room
     transformers = {}
     if run is not None:
-        component, _ = choose_expert(config, spec)
-        transformers[component] = _trained_transformer(run, config, model_files, device, reporter, merged=False)
+        for expert in choose_experts(config, spec):
+            trained = _trained_transformer(run, config, model_files, expert, device, reporter)
+            transformers[expert.component] = trained
     for name in spec.experts:
         if name not in transformers:
             transformers[name] = load_transformer(model_files, name, DTYPES[precision], device)
-    if lora is not None:
-        adapter = read_adapter(lora)
-        component = _expert_of(adapter, lora, spec)
+    for component, adapter in adapters.items():
         attach_adapter(transformers[component], adapter)
     with reporter.bar("sampling", request.steps, "steps") as advance:
         frames = sample_encoded(root, spec, transformers, encoded, device, lambda done: advance(done, ""))
@@ -118,22 +108,24 @@ def sample_to_file(run: Path | None, model: str, lora: Path | None, wish: Wish, 
 
 
 def _trained_transformer(
-    run: Path, config: RunConfig, model_files: ModelFiles, device: torch.device, reporter: Reporter, merged: bool = True
+    run: Path,
+    config: RunConfig,
+    model_files: ModelFiles,
+    expert: Expert,
+    device: torch.device,
+    reporter: Reporter,
 ) -> Any:
-    """The run's transformer with its adapter merged or attached, or as full fine-tuning left it."""
-    component, _ = choose_expert(config, model_files.variant.spec)
+    """The run's transformer with its adapter attached, or as full fine-tuning left it."""
+    component, spec = expert.component, model_files.variant.spec
     dtype = DTYPES[config.model.dtype]
     if config.lora is None:
-        folder = run / "transformer"
+        folder = trained_folder(run, expert, choose_experts(config, spec))
         if not folder.is_dir():
             raise ConfigError(Problem("the run is not finished", str(run), "continue it with --resume"))
         return load_transformer(replace(model_files, transformers={component: folder}), component, dtype, device)
     transformer = load_transformer(model_files, component, dtype, device)
-    adapter = run_adapter(run, config, reporter)
-    if merged:
-        merge(transformer, adapter.state, adapter.alpha)
-    else:
-        attach_adapter(transformer, adapter)
+    adapter = run_adapter(run, config, spec, expert, reporter)
+    attach_adapter(transformer, adapter)
     return transformer
 
 
@@ -167,12 +159,25 @@ def _default_precision(device: torch.device) -> Precision:
     return "bf16" if device.type == "cuda" else "fp32"
 
 
+def adapters_of(loras: Sequence[Path], spec: ModelSpec) -> dict[str, Adapter]:
+    """The LoRA for each transformer, by its component's name; raises ModelError where a file's cannot be told."""
+    found: dict[str, Adapter] = {}
+    for path in loras:
+        adapter = read_adapter(path)
+        component = _expert_of(adapter, path, spec)
+        if component in found:
+            raise ModelError(Problem(f"there is a LoRA for {component} already", str(path), "give one for each"))
+        found[component] = adapter
+    return found
+
+
 def _expert_of(adapter: Adapter, path: Path, spec: ModelSpec) -> str:
-    """Which transformer a LoRA file is for: the only one, or the one that its metadata names."""
+    """Which transformer a LoRA file is for: the only one, or that which its metadata or its name says."""
     if len(spec.experts) == 1:
         return spec.experts[0]
-    expert = adapter.metadata.get("longtake.expert", "")
-    if expert not in ("high", "low"):
+    told = adapter.metadata.get("longtake.expert", "")
+    said = [told] if told in ("high", "low") else [noise for noise in ("high", "low") if noise in path.stem.lower()]
+    if len(said) != 1:
         what = "the file does not say which of the two transformers it is for"
-        raise ModelError(Problem(what, str(path), "export it from its run again"))
-    return spec.experts[0 if expert == "high" else 1]
+        raise ModelError(Problem(what, str(path), 'put "high" or "low" into its name'))
+    return spec.experts[0 if said == ["high"] else 1]

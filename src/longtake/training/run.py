@@ -1,6 +1,6 @@
 """A whole run, from a config to an adapter: what `longtake train` does, on one process or on many."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,7 +35,8 @@ from longtake.training.checkpoint import Checkpoint, checkpoint_path, load_check
 from longtake.training.fallback import StrategyInForce, first_line, in_words, out_of_memory
 from longtake.training.interrupt import StopRequest, stop_request
 from longtake.training.metrics import Metrics
-from longtake.training.model import TrainedModel, build_model, choose_expert, find_model
+from longtake.training.experts import Trained
+from longtake.training.model import TrainedModel, build_models, choose_experts, find_model
 from longtake.training.optimizer import allocate_states, build_optimizer
 from longtake.training.outputs import write_outputs
 from longtake.training.planned import FILE as PLAN
@@ -101,7 +102,7 @@ def _find(config: RunConfig, reporter: Reporter, ranks: Ranks) -> _Found:
     """The model's files and the prepared data; encodes what is to be sampled."""
     model_files = ranks.one_by_machine(lambda: find_model(config, reporter.line))
     spec = model_files.variant.spec
-    ranks.each(lambda: choose_expert(config, spec))
+    ranks.each(lambda: choose_experts(config, spec))
     root = component_root(model_files.root, "model.components")
     manifest = ranks.each(lambda: load_manifest(config, spec, root, reporter.line))
     check_equal(ranks, {"data.cache": digest(asdict(manifest))}, "put the cache where all ranks see it")
@@ -135,10 +136,10 @@ def _check_shares(config: RunConfig, spec: ModelSpec, sampler: BucketSampler, ra
 def _go(begun: _Begun, found: _Found, resume: bool) -> None:
     """Builds the model, trains it, and writes what comes of it."""
     config, ranks, say = begun.config, begun.ranks, begun.reporter.line
-    model = ranks.each(lambda: build_model(config, found.model_files, ranks.device, ranks))
+    models = ranks.each(lambda: build_models(config, found.model_files, ranks.device, ranks))
     checkpoint = ranks.first(lambda: load_newest(begun.run, say)) if resume else None
     with ExitStack() as held:
-        strategy = _strategy(begun, model, found.sampler, checkpoint.step if checkpoint else 0, held)
+        strategy = _strategy(begun, models, found.sampler, checkpoint.step if checkpoint else 0, held)
         ranks.each(strategy.check)
         say(f"memory: {in_words(config.memory)}")
         if ranks.world > 1:
@@ -148,9 +149,10 @@ def _go(begun: _Begun, found: _Found, resume: bool) -> None:
         forecast = Forecast(begun.planned, found.sampler, config.training.steps)
         held.enter_context(_brief(begun.run))
         ranks.each(lambda: held.enter_context(strategy))
-        with _engine(config, model, ranks) as backend:
+        with ExitStack() as engines:
+            backends = [engines.enter_context(_engine(config, model, ranks)) for model in models]
             _record(begun)
-            parts = _parts(begun, strategy, backend, forecast, found.validation, checkpoint)
+            parts = _parts(begun, strategy, backends, forecast, found.validation, checkpoint)
             try:
                 step = _fit(Trainer(parts, begun.stop), checkpoint)
             finally:
@@ -164,7 +166,8 @@ def _fit(trainer: Trainer, checkpoint: Checkpoint | None) -> int:
     if checkpoint is not None:
         trainer.restore(checkpoint)
         trainer.parts.reporter.line(f"resumed after step {checkpoint.step}")
-    allocate_states(trainer.parts.backend.optimizer)
+    for trained in trainer.parts.trained:
+        allocate_states(trained.backend.optimizer)
     trainer.fit(checkpoint.step if checkpoint else 0)
     assert trainer.saved_step is not None, "a run ends with a checkpoint"
     return trainer.saved_step
@@ -182,38 +185,43 @@ def _record(begun: _Begun) -> None:
 
 
 def _strategy(
-    begun: _Begun, model: TrainedModel, sampler: BucketSampler, first_step: int, held: ExitStack
+    begun: _Begun, models: Sequence[TrainedModel], sampler: BucketSampler, first_step: int, held: ExitStack
 ) -> StrategyInForce:
     """[memory] for the largest micro-batch that is to come, around ranks that share clips."""
     config, ranks, training = begun.config, begun.ranks, begun.config.training
-    sharing = sequence_parallel_of(config.parallel, ranks, model.spec.heads)
+    spec = models[0].spec
+    sharing = sequence_parallel_of(config.parallel, ranks, spec.heads)
     if sharing is not None:
-        held.enter_context(sequence_parallel(model.transformer, model.spec, sharing))
-    visits = sampler.largest(model.spec.tokens, training.micro_batch_size, first_step)
-    tokens = -(-model.spec.tokens(*visits[0].entry.bucket) // config.parallel.sp)
+        for model in models:
+            held.enter_context(sequence_parallel(model.transformer, spec, sharing))
+    visits = sampler.largest(spec.tokens, training.micro_batch_size, first_step)
+    tokens = -(-spec.tokens(*visits[0].entry.bucket) // config.parallel.sp)
     workload = Workload(tokens, training.micro_batch_size, DTYPES[training.precision].itemsize)
     among = Among(sharing, config.parallel.strategy in SHARDED)
-    return StrategyInForce(model, config.memory, workload, begun.run, begun.reporter.line, ranks, among)
+    return StrategyInForce(models, config.memory, workload, begun.run, begun.reporter.line, ranks, among)
 
 
 def _parts(
     begun: _Begun,
     strategy: StrategyInForce,
-    backend: Backend,
+    backends: Sequence[Backend],
     forecast: Forecast,
     validation: Validation,
     checkpoint: Checkpoint | None,
 ) -> Parts:
     config, ranks, resumed = begun.config, begun.ranks, checkpoint.step if checkpoint else None
+    decay = config.training.ema
+    trained = tuple(
+        Trained(model, backend, MovingAverage(backend, decay) if decay else None)
+        for model, backend in zip(strategy.models, backends, strict=True)
+    )
     return Parts(
         config=config,
         run=begun.run,
-        model=strategy.model,
+        trained=trained,
         strategy=strategy,
-        backend=backend,
         ranks=ranks,
         share=validation.share,
-        average=MovingAverage(backend, config.training.ema) if config.training.ema else None,
         sampler=forecast.sampler,
         reader=validation.reader,
         validation=validation,

@@ -45,10 +45,14 @@ class _Stored:
 
 
 class TensorFiles:
-    """The tensors of `group` in a checkpoint's folder, however many ranks wrote them."""
+    """The tensors of `group` in a checkpoint's folder, however many ranks wrote them.
 
-    def __init__(self, folder: Path, group: Group) -> None:
+    They are those whose names begin with `prefix`, which they have lost here.
+    """
+
+    def __init__(self, folder: Path, group: Group, prefix: str = "") -> None:
         self.folder = folder
+        self.prefix = prefix
         self.stored: dict[str, list[_Stored]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         files = [folder / f"{group}.safetensors", *sorted(folder.glob(f"{group}-*-of-*.safetensors"))]
@@ -83,6 +87,8 @@ class TensorFiles:
         with safe_open(path, framework="pt") as file:
             shapes: Mapping[str, Any] = json.loads((file.metadata() or {}).get(SHAPES, "{}"))
             for key in file.keys():  # noqa: SIM118  # it is no mapping
+                if not key.startswith(self.prefix):
+                    continue
                 match = _PIECE.fullmatch(key)
                 if match is None:
                     shape = tuple(file.get_slice(key).get_shape())
@@ -91,7 +97,8 @@ class TensorFiles:
                     stored = _Stored(path, key, int(match["start"]), int(match["stop"]))
                     self._add(match["name"], tuple(shapes[match["name"]]), stored)
 
-    def _add(self, name: str, shape: tuple[int, ...], stored: _Stored) -> None:
+    def _add(self, stored_name: str, shape: tuple[int, ...], stored: _Stored) -> None:
+        name = stored_name.removeprefix(self.prefix)
         self.shapes[name] = shape
         self.stored.setdefault(name, []).append(stored)
 

@@ -4,30 +4,29 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from longtake.config.schema import RunConfig
-from longtake.config.sharing import SHARDED
 from longtake.data.loader import BucketSampler, EntryReader, Prefetcher, Visit
-from longtake.distributed.backend import Backend, Held
 from longtake.distributed.ranks import Ranks
 from longtake.errors import Problem, RunError, agreed
 from longtake.memory_gauge import MemoryGauge
+from longtake.models.spec import ModelSpec
 from longtake.progress import Advance, Reporter
-from longtake.training.average import MovingAverage
-from longtake.training.batch import Sample, collate, read_sample, summed_loss
+from longtake.training.accumulation import accumulate
+from longtake.training.batch import Sample, read_sample
 from longtake.training.checkpoint import Checkpoint, checkpoint_path, save_checkpoint
+from longtake.training.experts import Trained, averages_in_use, expert_of_step, held_of, prefix_of
 from longtake.training.fallback import StrategyInForce, first_line
-from longtake.training.flow_matching import generator_for
 from longtake.training.interrupt import StopRequest
 from longtake.training.metrics import Metrics
-from longtake.training.model import TrainedModel
-from longtake.training.optimizer import learning_rate
+from longtake.training.model import Expert
+from longtake.training.optimizer import learning_rate, set_rate
 from longtake.training.planned import Forecast
-from longtake.training.precision import compute_in
 from longtake.training.restoring import restore
 from longtake.training.validation import Validation
 from longtake.units import format_bytes
@@ -45,12 +44,10 @@ class Parts:
 
     config: RunConfig
     run: Path
-    model: TrainedModel
+    trained: tuple[Trained, ...]
     strategy: StrategyInForce
-    backend: Backend
     ranks: Ranks
     share: tuple[int, int]
-    average: MovingAverage | None
     sampler: BucketSampler
     reader: EntryReader
     validation: Validation
@@ -59,6 +56,12 @@ class Parts:
     forecast: Forecast
     device: torch.device
     reporter: Reporter
+
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's."""
+        return self.trained[0].model.spec
 
 
 class Trainer:
@@ -72,7 +75,8 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Puts weights, optimiser, average and loss scale back; raises RunError where it is of another model."""
-        restore(checkpoint, self.parts.backend, self.parts.average)
+        for trained in self.parts.trained:
+            restore(checkpoint, trained)
         self.saved_step = checkpoint.step
 
     def fit(self, first_step: int) -> None:
@@ -104,10 +108,9 @@ class Trainer:
         """Writes the checkpoint after `step` updates."""
         parts = self.parts
         parts.metrics.flush()
-        with parts.backend.tensors() as held:
-            averages: Held = {"ema": parts.average.pieces} if parts.average else {}
-            state = {"backend": parts.backend.scale.state()}
-            save_checkpoint(parts.run, step, held | averages, state, parts.config.output.keep, parts.ranks)
+        state = {f"{prefix_of(each.model.expert)}backend": each.backend.scale.state() for each in parts.trained}
+        with held_of(parts.trained) as held:
+            save_checkpoint(parts.run, step, held, state, parts.config.output.keep, parts.ranks)
         self.saved_step = step
 
     def _stopped(self) -> str:
@@ -119,12 +122,17 @@ class Trainer:
 
     def _read(self, step: int) -> list[Sample]:
         """This rank's share of the global batch."""
-        return self._read_all(self.parts.sampler.share(step, *self.parts.share))
+        return self._read_all(self.parts.sampler.share(step, *self.parts.share), self._of(step).model.expert)
 
-    def _read_all(self, visits: Sequence[Visit]) -> list[Sample]:
+    def _read_all(self, visits: Sequence[Visit], expert: Expert) -> list[Sample]:
         parts = self.parts
         training, dropout = parts.config.training, parts.config.data.caption_dropout
-        return [read_sample(visit, parts.reader, training, dropout, parts.model.sigma_range) for visit in visits]
+        return [read_sample(visit, parts.reader, training, dropout, expert.sigma_range) for visit in visits]
+
+    def _of(self, step: int) -> Trained:
+        """What a step trains."""
+        trained = self.parts.trained
+        return trained[expert_of_step(step, [each.model.expert for each in trained], self.parts.config.training)]
 
     def _rehearse(self, first_step: int) -> None:
         """Forward and backward of the largest micro-batch to come: memory runs out now or in no bucket.
@@ -133,14 +141,16 @@ class Trainer:
         """
         parts = self.parts
         size = parts.config.training.micro_batch_size
-        samples = self._read_all(parts.sampler.largest(parts.model.spec.tokens, size, first_step))
+        visits = parts.sampler.largest(parts.spec.tokens, size, first_step)
         devices = [parts.device] if parts.device.type == "cuda" else []
-        # gradients that are not to be used are not summed up, so that memory may run out on one rank alone
-        once = lambda: self._accumulate(samples, last=parts.backend.waits)  # noqa: E731
-        with torch.random.fork_rng(devices):
-            parts.strategy.attempt(once, "the largest bucket", None if parts.backend.waits else self._drop)
-        self._drop()
-        frames, height, width = samples[0].visit.entry.bucket
+        for trained in parts.trained:
+            samples, waits = self._read_all(visits, trained.model.expert), trained.backend.waits
+            # gradients that are not to be used are not summed up, so that memory may run out on one rank alone
+            once = partial(accumulate, trained, samples, parts.config, parts.device, last=waits)
+            with torch.random.fork_rng(devices):
+                parts.strategy.attempt(once, "the largest bucket", None if waits else partial(_drop, trained))
+            _drop(trained)
+        frames, height, width = visits[0].entry.bucket
         peak = parts.gauge.read()
         parts.reporter.line(
             f"the largest bucket: {frames} frames of {width}x{height}, micro-batch {size}, took"
@@ -150,15 +160,15 @@ class Trainer:
     def _step(self, step: int, samples: Sequence[Sample]) -> dict[str, Any]:
         """One optimiser step; returns its line of metrics."""
         parts, training = self.parts, self.parts.config.training
-        started = time.perf_counter()
+        started, trained = time.perf_counter(), self._of(step)
         rate = learning_rate(step, training)
-        for group in parts.backend.optimizer.param_groups:
-            group["lr"] = rate
-        again = self._drop if parts.ranks.world == 1 else None  # else another rank may wait for this one's gradients
-        loss, retries = parts.strategy.attempt(lambda: self._accumulate(samples), f"step {step + 1}", again)
+        set_rate(trained.backend.optimizer, rate)
+        again = partial(_drop, trained) if parts.ranks.world == 1 else None  # else others may wait for its gradients
+        compute = partial(accumulate, trained, samples, parts.config, parts.device)
+        loss, retries = parts.strategy.attempt(compute, f"step {step + 1}", again)
         (loss,) = parts.ranks.summed(loss / (parts.ranks.world // parts.share[1]))
         try:
-            norm, skip = self._update(loss)
+            norm, skip = self._update(trained, loss)
         except torch.OutOfMemoryError as error:
             raise self._lost_update(step, error) from error
         seconds = time.perf_counter() - started
@@ -170,7 +180,7 @@ class Trainer:
             "learning_rate": rate,
             "grad_norm": norm,
             "step_seconds": seconds,
-            "tokens_per_second": training.global_batch_size * parts.model.spec.tokens(*bucket) / seconds,
+            "tokens_per_second": training.global_batch_size * parts.spec.tokens(*bucket) / seconds,
             "device_peak_bytes": memory.device_peak_bytes,
             "host_peak_bytes": memory.host_peak_bytes,
             **parts.forecast.fields(step + 1, bucket),
@@ -178,8 +188,10 @@ class Trainer:
             "host_bytes": memory.host_bytes,
             "driver_peak_bytes": memory.driver_peak_bytes,
             "num_frames": bucket[0],
-            **parts.backend.scale.state(),
+            **trained.backend.scale.state(),
         }
+        if noise := trained.model.expert.noise:
+            line["expert"] = noise
         if difference := parts.strategy.difference():
             line["strategy"] = difference
         if retries:
@@ -191,15 +203,15 @@ class Trainer:
         self._count_skips(step, skip)
         return line | {"step": step + 1}
 
-    def _update(self, loss: float) -> tuple[float, bool]:
+    def _update(self, trained: Trained, loss: float) -> tuple[float, bool]:
         """(norm of the gradient, whether the update was left out because loss or gradient is not finite)."""
-        parts = self.parts
-        norm = parts.backend.clip(parts.config.training.clip_norm)
+        backend = trained.backend
+        norm = backend.clip(self.parts.config.training.clip_norm)
         skip = not (math.isfinite(loss) and math.isfinite(norm))
-        parts.backend.step(skip)
-        parts.backend.scale.update(math.isfinite(norm))
-        if not skip and parts.average is not None:
-            parts.average.update()
+        backend.step(skip)
+        backend.scale.update(math.isfinite(norm))
+        if not skip and trained.average is not None:
+            trained.average.update()
         return norm, skip
 
     def _lost_update(self, step: int, error: torch.OutOfMemoryError) -> RunError:
@@ -211,31 +223,6 @@ class Trainer:
         )
         remedy = f"{last}; set memory.optimizer_offload = true or use fewer data.num_frames, then --resume"
         return RunError(Problem(what, str(run), remedy))
-
-    def _drop(self) -> None:
-        """As if no backward pass had run."""
-        self.parts.backend.step(skip=True)
-
-    def _accumulate(self, samples: Sequence[Sample], last: bool = True) -> float:
-        """Backward over the micro-batches; the loss is this rank's part of the mean over the whole global batch.
-
-        Without `last` more are to come.
-        """
-        parts, training = self.parts, self.parts.config.training
-        model, size = parts.model, training.micro_batch_size
-        total = torch.zeros((), device=parts.device)
-        for first in range(0, len(samples), size):
-            chosen = samples[first : first + size]
-            parts.backend.begin(last and first + size >= len(samples))
-            batch = collate(chosen, model.spec, training, parts.device)
-            # LoRA's dropout draws from the global generator: give it a state that is a function of the visit
-            torch.manual_seed(generator_for(f"dropout:{training.seed}:{chosen[0].visit.key}").initial_seed())
-            keep = parts.config.lora is not None or parts.config.parallel.strategy not in SHARDED
-            with compute_in(model.transformer, model.spec, training.precision, parts.device, keep):
-                loss = summed_loss(parts.backend.module, model.spec, batch) / training.global_batch_size
-                parts.backend.backward(loss)
-            total += loss.detach()
-        return float(total)
 
     def _count_skips(self, step: int, skip: bool) -> None:
         """An overflow under fp16 is how the scale is found; elsewhere three in a row end the run."""
@@ -259,19 +246,17 @@ class Trainer:
         parts = self.parts
         if not parts.validation.entries and not parts.config.validation.samples:
             return
-        if parts.average is not None:
-            with parts.average.in_use():
-                self._look(step)
-        else:
+        with averages_in_use(parts.trained):
             self._look(step)
 
     def _look(self, step: int) -> None:
         parts = self.parts
         parts.gauge.begin_stage()
-        loss = parts.validation.loss(parts.model) if parts.validation.entries else None
+        models = [trained.model for trained in parts.trained]
+        loss = parts.validation.loss(models) if parts.validation.entries else None
         if loss is not None:
             parts.reporter.line(f"step {step}: validation loss {loss:.4f}")
-        for path in parts.validation.sample(parts.model, step, parts.run / "samples"):
+        for path in parts.validation.sample(models, step, parts.run / "samples"):
             parts.reporter.line(f"step {step}: sample {path}")
         if loss is not None:  # last, so that the line says that the samples are there too
             device, host = parts.gauge.stage_peak()
@@ -287,3 +272,8 @@ class Trainer:
         advance(line["step"], f"loss {loss}  {line['tokens_per_second']:.0f} tokens/s  {memory}")
         if comparison := self.parts.forecast.comparison(device):
             self.parts.reporter.line(f"after step {line['step']}: {comparison}")
+
+
+def _drop(trained: Trained) -> None:
+    """As if no backward pass had run."""
+    trained.backend.step(skip=True)

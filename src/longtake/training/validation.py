@@ -1,7 +1,7 @@
 """What is looked at while training: the loss on held-out clips at fixed noise and sigmas, and sampled videos."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from longtake.distributed.ranks import ALONE, Ranks
 from longtake.models.spec import ModelSpec
 from longtake.sampling import EncodedRequest, SampleRequest, check_request, encode_requests, sample_encoded
 from longtake.training.batch import Sample, collate, summed_loss
+from longtake.training.experts import share_of
 from longtake.training.flow_matching import Draw, generator_for, quantile_of, sigma_at
 from longtake.training.model import TrainedModel
 from longtake.training.precision import compute_in
@@ -54,8 +55,15 @@ class Validation:
             encode = lambda: encode_requests(self.root, spec, self._requests(spec), self.device)  # noqa: E731
             self.encoded = self.ranks.first(encode)
 
-    def loss(self, model: TrainedModel) -> float:
-        """Mean loss over clips and sigmas: the same noise at every call, nothing dropped."""
+    def loss(self, models: Sequence[TrainedModel]) -> float:
+        """Mean loss over clips and sigmas: the same noise at every call, nothing dropped.
+
+        Each of two experts has its share of the distribution of sigma, and sigmas of its own.
+        """
+        shares = [share_of(model.expert, self.config.training) for model in models]
+        return sum(share * self._loss_of(model) for model, share in zip(models, shares, strict=True)) / sum(shares)
+
+    def _loss_of(self, model: TrainedModel) -> float:
         training = self.config.training
         jobs = [(entry, index) for entry in self.entries[:MOST_CLIPS] for index in range(SIGMAS)]
         own, groups = self.share
@@ -73,21 +81,24 @@ class Validation:
         together = self.ranks.world // groups
         return self.ranks.summed(total)[0] / together / len(jobs)
 
-    def sample(self, model: TrainedModel, step: int, folder: Path) -> list[Path]:
+    def sample(self, models: Sequence[TrainedModel], step: int, folder: Path) -> list[Path]:
         """Writes `step-00000100-0.mp4` and a JSON beside it for each of the config's samples; all ranks get them."""
-        self.prepare(model.spec)
-        transformers = {model.component: model.transformer}
+        spec, precision = models[0].spec, self.config.training.precision
+        self.prepare(spec)
+        transformers = {model.expert.component: model.transformer for model in models}
         own, groups = (0, 1) if self.lockstep else self.share
         written = []
         for index, encoded in [*enumerate(self.encoded or ())][own::groups]:
             request = encoded.request
-            with compute_in(model.transformer, model.spec, self.config.training.precision, self.device):
-                frames = sample_encoded(self.root, model.spec, transformers, encoded, self.device)
+            with ExitStack() as computing:
+                for transformer in transformers.values():
+                    computing.enter_context(compute_in(transformer, spec, precision, self.device))
+                frames = sample_encoded(self.root, spec, transformers, encoded, self.device)
             path = folder / f"step-{step:08d}-{index}.mp4"
             written.append(path)
             if self.lockstep and not self.ranks.is_first:
                 continue
-            files.write_file(path, lambda staged, frames=frames: write_clip(frames, staged, float(model.spec.fps)))  # type: ignore[misc]
+            files.write_file(path, lambda staged, frames=frames: write_clip(frames, staged, float(spec.fps)))  # type: ignore[misc]
             files.write_json(path.with_suffix(".json"), {"step": step, "prompt": request.prompt, "seed": request.seed})
         return sorted({path for each in self.ranks.gathered(written) for path in each})
 
@@ -117,7 +128,7 @@ class Validation:
     def _sample(self, entry: Entry, draw_index: int, model: TrainedModel) -> Sample:
         training = self.config.training
         tensors = self.reader.read(entry)
-        low, high = (quantile_of(sigma, training) for sigma in model.sigma_range)
+        low, high = (quantile_of(sigma, training) for sigma in model.expert.sigma_range)
         sigma = sigma_at(low + (high - low) * (draw_index + 0.5) / SIGMAS, training)
         noise = torch.randn(tensors.latents.shape, generator=generator_for(f"validation:{entry.latents}:{draw_index}"))
         return Sample(Visit(entry, 0, 0), tensors, Draw(noise, sigma, drop_caption=False))

@@ -1,0 +1,71 @@
+"""The transformers of a run, each with its engine, and which of them a step trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from math import floor
+
+from longtake.config.schema import TrainingConfig
+from longtake.distributed.backend import Backend, Held
+from longtake.training.average import MovingAverage
+from longtake.training.flow_matching import quantile_of
+from longtake.training.model import Expert, TrainedModel
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A transformer with what trains it; `average` is that of its weights, if there is one."""
+
+    model: TrainedModel
+    backend: Backend
+    average: MovingAverage | None
+
+
+def share_of(expert: Expert, training: TrainingConfig) -> float:
+    """The probability that a sigma of the whole distribution is one of the expert's."""
+    low, high = (quantile_of(sigma, training) for sigma in expert.sigma_range)
+    return high - low
+
+
+def expert_of_step(step: int, experts: Sequence[Expert], training: TrainingConfig) -> int:
+    """Which of the experts optimiser step `step` trains, as a function of it alone.
+
+    A step is of one expert, whose range all its sigmas are of. Of two, the first has step s where floor((s + 1) p) is
+    above floor(s p), p being its share of the distribution: after any number of steps it has had its share of them.
+    """
+    if len(experts) == 1:
+        return 0
+    share = round(share_of(experts[0], training), 9)  # the last bits of a share are the machine's
+    return 0 if floor((step + 1) * share) > floor(step * share) else 1
+
+
+@contextmanager
+def averages_in_use(trained: Sequence[Trained]) -> Iterator[None]:
+    """Inside the context the weights are their averages, where there are some."""
+    with ExitStack() as held:
+        for each in trained:
+            if each.average is not None:
+                held.enter_context(each.average.in_use())
+        yield
+
+
+@contextmanager
+def held_of(trained: Sequence[Trained]) -> Iterator[Held]:
+    """What this rank holds of all of them, averages included, as a checkpoint names it: `prefix_of` before each."""
+    with ExitStack() as held:
+        found: Held = {}
+        for each in trained:
+            groups = {**held.enter_context(each.backend.tensors())}
+            if each.average is not None:
+                groups["ema"] = each.average.pieces
+            prefix = prefix_of(each.model.expert)
+            for group, pieces in groups.items():
+                found.setdefault(group, []).extend(replace(piece, name=prefix + piece.name) for piece in pieces)
+        yield found
+
+
+def prefix_of(expert: Expert) -> str:
+    """What a checkpoint has before the names of an expert's parameters: nothing where there is one transformer."""
+    return f"{expert.component}:" if expert.noise else ""
