@@ -16,10 +16,11 @@ from longtake.config.schema import LoraConfig, MemoryStrategy
 from longtake.errors import ConfigError
 from longtake.lora import attach
 from longtake.memory.accounting import Needs, together
-from longtake.memory.copies import copies_for
+from longtake.memory.copies import Copies, Event, copies_for
 from longtake.memory.strategy import Among, apply
 from longtake.memory.turns import Turns
 from longtake.models.wan.variants import variant
+from race_checker import CheckedCopies, Race
 from tiny_steps import assert_equal, step
 
 CPU = torch.device("cpu")
@@ -52,10 +53,12 @@ def models() -> list[Any]:
 
 
 @contextmanager
-def taking_turns(transformers: list[Any], strategy: MemoryStrategy, scratch: Path) -> Iterator[Turns]:
+def taking_turns(
+    transformers: list[Any], strategy: MemoryStrategy, scratch: Path, copies: Copies | None = None
+) -> Iterator[Turns]:
     """`strategy` on all of them."""
     with ExitStack() as held:
-        turns = Turns(copies_for(CPU))
+        turns = Turns(copies or copies_for(CPU))
         held.callback(turns.close)
         for index, transformer in enumerate(transformers):
             held.enter_context(apply(transformer, SPEC, strategy, scratch / str(index), among=Among(turns=turns)))
@@ -76,6 +79,50 @@ def test_in_any_order_each_computes_what_it_does_alone(strategy: MemoryStrategy,
     for index in (1, 0):  # and after the strategy was taken off and put on again
         with taking_turns(transformers, strategy, tmp_path / "again"):
             assert_equal(step(transformers[index], NAME), apart[index], 0.0, f"expert {index}")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("source", ["host", "disk"])
+def test_no_copy_is_read_too_early_or_overwritten_too_soon(tmp_path: Path, seed: int, source: Any) -> None:
+    transformers, strategy = models(), MemoryStrategy(block_swap_from=source, activation_offload="host")
+    plain = [step(transformer, NAME) for transformer in transformers]
+    with (
+        CheckedCopies(seed).watching() as copies,
+        taking_turns(transformers, strategy, tmp_path, copies),
+    ):
+        for index in (0, 1, 0, 0, 1):
+            assert_equal(step(transformers[index], NAME), plain[index], 0.0, f"expert {index}")
+
+
+class SeesNoReader(CheckedCopies):
+    """What the computation has read is forgotten: buffers are filled anew at once."""
+
+    def reached(self) -> Event:
+        """Long ago."""
+        if not hasattr(self, "first"):
+            self.first = super().reached()
+        return self.first
+
+
+class NeverWaits(CheckedCopies):
+    """The computation goes on before a copy is done."""
+
+    def wait(self, event: Event) -> None:
+        """Does not."""
+
+
+@pytest.mark.parametrize("faulty", [NeverWaits, SeesNoReader])
+def test_a_planted_missing_wait_and_a_planted_early_reuse_are_found(
+    tmp_path: Path, faulty: type[CheckedCopies]
+) -> None:
+    transformers = models()
+    with (
+        pytest.raises(Race),
+        faulty(0).watching() as copies,
+        taking_turns(transformers, MemoryStrategy(), tmp_path, copies),
+    ):
+        for transformer in transformers:
+            step(transformer, NAME)
 
 
 @pytest.mark.parametrize("number", [0, 3, 5])
