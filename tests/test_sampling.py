@@ -10,7 +10,7 @@ from PIL import Image
 
 from longtake.config.schema import LoraConfig
 from longtake.errors import ConfigError, ModelError, RunError
-from longtake.lora import adapter_state, attach, load_adapter_state, save_adapter
+from longtake.lora import adapter_state, attach, load_adapter_state, save_adapter, trained_adapter
 from longtake.models.wan.conditioning import pad_prompt
 from longtake.models.wan.encoders import encode_prompt, load_image_encoder, load_text_encoder, load_vae
 from longtake.models.wan.variants import variant
@@ -98,7 +98,8 @@ def test_a_text_to_video_sample_is_diffusers_own_of_the_same_folder(tiny_root, t
     root = tiny_root("tiny-t2v")
     transformer = load(root)
     adapt(transformer)
-    save_adapter(tmp_path / "adapter.safetensors", adapter_state(transformer), 8.0, "comfyui", {})
+    adapter = trained_adapter(adapter_state(transformer), LoraConfig(alpha=8.0), {})
+    save_adapter(tmp_path / "adapter.safetensors", adapter, "comfyui")
     ours = run(root, "tiny-t2v", transformer)
 
     pipeline, asked = WanPipeline.from_pretrained(root), request("tiny-t2v")
@@ -190,6 +191,15 @@ def test_ti2v_keeps_its_image_as_the_first_latent_frame(tiny_root):
     first = run(root, "tiny-ti2v", image=image)[0]
     # through the latents' normalisation and back, and a byte's rounding
     assert (first.float() - (alone.clamp(-1, 1) + 1) * 127.5).abs().max() < 1.01
+
+
+@pytest.mark.parametrize("image", [None, picture(SIZES["tiny-ti2v"])], ids=["no image", "image"])
+def test_ti2v_embeds_two_timesteps_not_one_for_each_token(tiny_root, image):
+    root, seen = tiny_root("tiny-ti2v"), []
+    transformer = load(root)
+    transformer.blocks[0].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[2].rows.shape[1]))
+    run(root, "tiny-ti2v", transformer, image=image)
+    assert set(seen) == {2}
 
 
 def test_guidance_1_needs_no_negative_prompt(tiny_root):

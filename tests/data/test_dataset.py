@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from longtake.config.schema import DataConfig
 from longtake.data.dataset import cache_settings, place, read_sources
@@ -82,6 +83,19 @@ def test_an_unusable_clip_is_left_out_and_said(tmp_path: Path) -> None:
     assert {item.clip.record.path.stem for item in placed} == {f"clip{index}" for index in range(10)}
     (line,) = said
     assert line.startswith("left out or changed: clips/bad.mp4: ")
+
+
+@pytest.mark.parametrize("stills", [{"one", "two"}, {"one"}])
+def test_stills_alone_are_trained_on_and_said_to_teach_no_motion(tmp_path: Path, stills: set[str]) -> None:
+    clips = folder(tmp_path / "clips", dict.fromkeys({"one", "two"} - stills, 24))
+    for name in stills:
+        Image.new("RGB", (40, 40), (200, 30, 30)).save(clips / f"{name}.png")
+        (clips / f"{name}.txt").write_text(name)
+    spec, said = variant("tiny-t2v").spec, []
+    placed = place(read_sources(data(clips), spec, print), data(clips), spec, 0, said.append)
+    assert {item.clip.record.path.stem for item in placed if item.clip.bucket.frames == 1} == stills
+    warned = [line for line in said if "no motion" in line]
+    assert len(warned) == (stills == {"one", "two"})
 
 
 def test_too_many_unusable_clips_are_an_error_with_every_one_of_them(tmp_path: Path) -> None:

@@ -112,6 +112,27 @@ def test_stills_are_refused_where_the_model_needs_clips(root: Path) -> None:
     assert str(problem).startswith("clips.csv:row 3: still.png is a still image; leave it out")
 
 
+@pytest.mark.parametrize("in_a_table", [True, False])
+def test_stills_alone_are_refused_in_one_line(root: Path, in_a_table: bool) -> None:
+    source = root / "stills"
+    source.mkdir()
+    for name in ("one", "two"):
+        (source / f"{name}.png").write_bytes(b"content")
+        (source / f"{name}.txt").write_text("A still")
+    if in_a_table:
+        source = written(source, "clips.csv", "video,prompt\none.png,A\ntwo.png,B\n")
+    assert len(good(source, True)) == 2
+    with pytest.raises(DataError) as raised:
+        read_source(source, False)
+    assert str(raised.value).startswith(f"{source}: all 2 of its clips are still images; give clips: ")
+
+
+def test_stills_beside_rows_that_are_wrong_otherwise_are_named_row_by_row(root: Path) -> None:
+    source = written(root, "clips.csv", "video,prompt\nlost.mp4,A\nstill.png,B\n")
+    records, problems = read_source(source, False)
+    assert (records, len(problems)) == ([], 2)
+
+
 def test_what_is_lacking_in_a_folder_is_said_of_each_file(root: Path) -> None:
     (root / "a.txt").write_text("A")
     (root / "lost.txt").write_text("nothing to describe")
