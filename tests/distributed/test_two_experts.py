@@ -35,9 +35,7 @@ def config_of(where: Scene, run: Path, parallel: dict[str, Any], method: str) ->
 
 
 @pytest.mark.long
-def test_every_engine_trains_both_experts_as_one_process_does(
-    tiny_root: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_every_engine_trains_both_experts_as_one_process_does(tiny_root: Callable[[str], Path], tmp_path: Path) -> None:
     where = scene("tiny-t2v-a14b", tiny_root("tiny-t2v-a14b"), tmp_path / "scene", count=6)
     cases = [(name, "lora") for name in ENGINES] + [("fsdp2", "full"), ("zero-2", "full")]
     wholes = {method: config_of(where, tmp_path / f"one-{method}", {}, method) for method in ("lora", "full")}
@@ -58,7 +56,7 @@ def test_every_engine_trains_both_experts_as_one_process_does(
 
 def assert_alike(run: Path, whole: Path, label: str) -> None:
     """The same experts in the same order, losses and results that differ by rounding."""
-    logs = [[line for line in read_metrics(each / FILE)] for each in (run, whole)]
+    logs = [read_metrics(each / FILE) for each in (run, whole)]
     assert [line.get("expert") for line in logs[0]] == [line.get("expert") for line in logs[1]], label
     assert {"high", "low"} <= {line.get("expert") for line in logs[0]}
     for one, other in zip(*logs, strict=True):

@@ -121,8 +121,7 @@ def test_a_planted_missing_wait_and_a_planted_early_reuse_are_found(
         faulty(0).watching() as copies,
         taking_turns(transformers, MemoryStrategy(), tmp_path, copies),
     ):
-        for transformer in transformers:
-            step(transformer, NAME)
+        [step(transformer, NAME) for transformer in transformers]
 
 
 @pytest.mark.parametrize("number", [0, 3, 5])
@@ -162,4 +161,3 @@ def test_weights_and_states_of_both_are_needed_and_activations_of_one() -> None:
     first = Needs({"activation_offload": 5, "block_swap": 7, "optimizer_offload": 2}, {})
     second = Needs({"activation_offload": 6, "block_swap": 7, "optimizer_offload": 2}, {})
     assert together([first, second]) == Needs({"activation_offload": 6, "block_swap": 14, "optimizer_offload": 4}, {})
-

@@ -39,4 +39,7 @@ def test_200_steps_offloaded_and_swapped_are_those_of_the_plain_run_to_the_bit(s
     sliced = trained(scene, tmp_path / "sliced", SLICED)
     expected, found = read_adapter(plain / ADAPTER).state, read_adapter(sliced / ADAPTER).state
     for key, weight in expected.items():
-        assert torch.linalg.norm(found[key] - weight) <= 1e-4 * torch.linalg.norm(weight), key
+        # what shifts all keys of text alike changes no softmax: that part of their gradient is rounding, which AdamW
+        # scales up to full steps
+        bound = 2e-3 if ".attn2.to_k." in key else 5e-5
+        assert torch.linalg.norm(found[key] - weight) <= bound * torch.linalg.norm(weight), key

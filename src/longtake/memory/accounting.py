@@ -107,9 +107,7 @@ def together(of_each: Sequence[Needs]) -> Needs:
     def total(tier: Callable[[Needs], Mapping[str, int]]) -> dict[str, int]:
         once = {"activation_offload"}
         fields = dict.fromkeys(field for own in of_each for field in tier(own))
-        return {
-            field: (max if field in once else sum)(tier(own).get(field, 0) for own in of_each) for field in fields
-        }
+        return {field: (max if field in once else sum)(tier(own).get(field, 0) for own in of_each) for field in fields}
 
     return Needs(total(lambda own: own.host), total(lambda own: own.disk))
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from longtake.config.schema import MemoryStrategy
-from longtake.memory.optimizer_offload import OffloadedAdamW
 from longtake.memory.host_buffers import use
+from longtake.memory.optimizer_offload import OffloadedAdamW
 from longtake.memory.strategy import ALONE, Among, apply
 from longtake.memory.turns import Turns
 from longtake.planner.composition import Composed

@@ -27,7 +27,8 @@ Computed = TypeVar("Computed")
 class StrategyInForce:
     """A context in which a memory strategy is applied to the models that `run` trains; `current` is the one in force.
 
-    Several models with frozen weights take turns on the device. After the strategy come the configured strategy's `fallbacks`, or the fixed ladder where it has none.
+    Several models with frozen weights take turns on the device. After the strategy come the configured strategy's
+    `fallbacks`, or the fixed ladder where it has none.
     """
 
     def __init__(

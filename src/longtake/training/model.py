@@ -91,7 +91,9 @@ def build_models(
 def build_model(
     config: RunConfig, model_files: ModelFiles, device: torch.device, ranks: Ranks = ALONE, index: int = 0
 ) -> TrainedModel:
-    """Loads a transformer, that `index` of those that are trained, and makes trainable what the config trains: fp32 adapters, or all weights in fp32.
+    """Loads the one numbered `index` of the transformers that are trained, and makes trainable what the config trains.
+
+    That is fp32 adapters, or all weights in fp32.
 
     Under adapters the weights are quantised as they are read, and those of swapped blocks are put where
     `config.memory` wants them: in host memory, or left in their file and on `meta`. So are those of all blocks where

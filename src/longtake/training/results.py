@@ -54,7 +54,7 @@ def read_run(run: Path) -> RunConfig:
 
 
 def run_adapter(run: Path, config: RunConfig, spec: ModelSpec, expert: Expert, reporter: Reporter) -> Adapter:
-    """The run's adapter of an expert: the finished one, else that of the newest checkpoint (of the average where there is one)."""
+    """The run's adapter of an expert: the finished one, else the newest checkpoint's, its average if it has one."""
     assert config.lora is not None
     finished = of_expert(run / ADAPTER, expert, choose_experts(config, spec))
     if finished.is_file():

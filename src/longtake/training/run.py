@@ -32,10 +32,10 @@ from longtake.progress import Reporter
 from longtake.training.average import MovingAverage
 from longtake.training.budget import hold_to_budget
 from longtake.training.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, load_newest
+from longtake.training.experts import Trained
 from longtake.training.fallback import StrategyInForce, first_line, in_words, out_of_memory
 from longtake.training.interrupt import StopRequest, stop_request
 from longtake.training.metrics import Metrics
-from longtake.training.experts import Trained
 from longtake.training.model import TrainedModel, build_models, choose_experts, find_model
 from longtake.training.optimizer import allocate_states, build_optimizer
 from longtake.training.outputs import write_outputs

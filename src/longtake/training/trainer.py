@@ -57,7 +57,6 @@ class Parts:
     device: torch.device
     reporter: Reporter
 
-
     @property
     def spec(self) -> ModelSpec:
         """The model's."""

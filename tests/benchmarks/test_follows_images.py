@@ -1,0 +1,19 @@
+"""Models trained from random weights for half a minute follow images that they were not trained on."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.long
+
+
+@pytest.mark.parametrize("name", ["tiny-i2v", "tiny-flf2v", "tiny-ti2v"])
+def test_half_a_minute_of_training_is_enough_to_follow_held_out_images(
+    script: Callable[[str], Any], name: str, tmp_path: Path
+) -> None:
+    benchmark = script("follows_conditions")
+    row = next(row for row in benchmark.SHORT if row.name == name)
+    found = benchmark.measured(row, tmp_path, ("untrained", "trained"))
+    assert all(result.holds for result in found), found
