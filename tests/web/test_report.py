@@ -114,6 +114,19 @@ def test_the_summary_says_what_the_run_did(run: Path) -> None:
     assert str(run.resolve() / "adapter.safetensors") in text
 
 
+def test_of_two_experts_each_has_its_loss_and_its_adapter(run: Path) -> None:
+    noises = ["high" if step % 3 == 0 else "low" for step in range(1, 21)]
+    write_lines(run, [step_line(step, expert=noise) for step, noise in enumerate(noises, 1)])
+    (run / "adapter.safetensors").unlink()
+    names = ("adapter-high-noise.safetensors", "adapter-low-noise.safetensors")
+    for name in names:
+        (run / name).write_bytes(b"")
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert page.count("svg") == 6  # without a validation, of which the two have had none
+    for shown in ("Loss, high noise", "Loss, low noise", *names):
+        assert shown in page.text
+
+
 def test_every_chart_has_its_lines(run: Path) -> None:
     html = write_report(run).read_text(encoding="utf-8")
     page = Page(html)

@@ -11,7 +11,7 @@ from statistics import median
 from longtake.files import write_text
 from longtake.units import format_bytes, format_seconds
 from longtake.web.chart import Point, Series, line_chart
-from longtake.web.run_folder import Record, RunFolder, SampleVideo, points, read_run
+from longtake.web.run_folder import NOISES, Record, RunFolder, SampleVideo, points, read_run
 
 EMBEDDED_BYTES = 64 * 2**20
 """Sample videos up to this sum are in the page, newest first; the rest are links into the run folder."""
@@ -81,8 +81,8 @@ def _summary(run: RunFolder) -> Iterable[str]:
     planned = [value for _, value in points(run.steps, "planned_peak_bytes")]
     if peaks:
         yield _fact("Device peak", format_bytes(max(peaks)), f"planned {format_bytes(max(planned))}" if planned else "")
-    adapter = str(run.adapter.resolve()) if run.adapter else "not written yet"
-    yield f'<div class="path"><dt>Adapter</dt><dd>{escape(adapter)}</dd></div>'
+    for adapter in [str(path.resolve()) for path in run.adapters] or ["not written yet"]:
+        yield f'<div class="path"><dt>Adapter</dt><dd>{escape(adapter)}</dd></div>'
 
 
 def _fact(name: str, value: str, detail: str = "") -> str:
@@ -97,12 +97,20 @@ def _setting(run: RunFolder, section: str, key: str) -> object:
 
 def _charts(run: RunFolder) -> Iterable[str]:
     loss = points(run.steps, "loss")
-    yield line_chart("Loss", [Series("each step", loss, "faint"), Series("smoothed", _smoothed(loss))])
+    if not run.noise:
+        yield _loss_chart("Loss", loss)
+    for noise in NOISES if run.noise else ():  # apart: the level of a loss is that of its noise
+        own = [(step, value) for step, value in loss if run.noise.get(step) == noise]
+        yield _loss_chart(f"Loss, {noise} noise", own)
     yield line_chart("Validation loss", [Series("validation loss", points(run.validations, "validation_loss"))])
     yield _memory_chart(run.steps)
     yield _time_chart(run.steps)
     yield line_chart("Gradient norm", [Series("gradient norm", points(run.steps, "grad_norm"))], log=True)
     yield line_chart("Learning rate", [Series("learning rate", points(run.steps, "learning_rate"))], from_zero=True)
+
+
+def _loss_chart(title: str, loss: list[Point]) -> str:
+    return line_chart(title, [Series("each step", loss, "faint"), Series("smoothed", _smoothed(loss))])
 
 
 def _memory_chart(steps: Sequence[Record]) -> str:

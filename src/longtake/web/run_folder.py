@@ -13,6 +13,7 @@ from longtake.errors import InputError, Problem
 
 Record = Mapping[str, float]
 
+NOISES = ("high", "low")
 _SAMPLE = re.compile(r"step-(\d+)-(\d+)\.mp4")
 
 
@@ -30,8 +31,9 @@ class SampleVideo:
 class RunFolder:
     """A run: `steps` and `validations` are the lines of metrics.jsonl in the order of their steps, finite numbers only.
 
-    `settings` is config.toml as written, `config` the same parsed (empty where it cannot be). `adapter` is None until
-    it is written. `notes` are sentences about what could not be read.
+    `settings` is config.toml as written, `config` the same parsed (empty where it cannot be). `adapters` are there from
+    the run's end on, one for each expert. `noise` says of which expert a step was, "high" or "low", where there are
+    two. `notes` are sentences about what could not be read.
     """
 
     path: Path
@@ -40,7 +42,8 @@ class RunFolder:
     samples: tuple[SampleVideo, ...]
     settings: str
     config: Mapping[str, Any]
-    adapter: Path | None
+    adapters: tuple[Path, ...]
+    noise: Mapping[float, str]
     notes: tuple[str, ...]
 
 
@@ -61,11 +64,11 @@ def read_run(path: Path) -> RunFolder:
     infinite = [int(record["step"]) for record in steps if "loss" not in record]
     if infinite:
         notes.append(f"{_listed(infinite, 'step').capitalize()} had no finite loss.")
-    adapter = path / "adapter.safetensors"
+    names = ("adapter.safetensors", "adapter-high-noise.safetensors", "adapter-low-noise.safetensors")
+    adapters = tuple(path / name for name in names if (path / name).is_file())
+    noise = {line["step"]: line["expert"] for line in lines if line.get("expert") in NOISES}
     samples = tuple(_read_samples(path / "samples"))
-    return RunFolder(
-        path, steps, validations, samples, settings, config, adapter if adapter.is_file() else None, tuple(notes)
-    )
+    return RunFolder(path, steps, validations, samples, settings, config, adapters, noise, tuple(notes))
 
 
 def points(records: Iterable[Record], key: str, scale: float = 1.0) -> list[tuple[float, float]]:
