@@ -7,7 +7,7 @@ python scripts/make_recipes.py wan2.2-ti2v-5b   # those of a model
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,10 +80,10 @@ def shift_of(model: WanVariant, clip: Clip) -> float:
     return 3.0 if clip.size == SMALL else model.shift
 
 
-def planned(model: WanVariant, card: Card, tracers: dict[float, Tracer]) -> tuple[Clip, Report]:
+def planned(model: WanVariant, card: Card, tracers: dict[float, Tracer], choice: Sequence[Clip]) -> tuple[Clip, Report]:
     """The largest clips that a card has room for and trains on in a few days, or the smallest; with the report."""
     found = []
-    for clip in clips(model):
+    for clip in choice:
         config = config_for(model, clip, card)
         request, _ = request_of(config, Where(gpu=card.name, host_memory=card.host_memory), clips=False)
         tracer = tracers.setdefault(shift_of(model, clip), Tracer(request.subject))
@@ -104,9 +104,13 @@ def seconds_of(report: Report) -> float:
     return report.plans[report.chosen].step_seconds
 
 
-def recipe(model: WanVariant, card: Card, tracers: dict[float, Tracer]) -> str:
-    """The text of a recipe."""
-    clip, report = planned(model, card, tracers)
+LONG = Clip(129, SMALL)
+"""What the model at the top of README.md is trained on, on the smallest card and on the largest."""
+
+
+def recipe(model: WanVariant, card: Card, tracers: dict[float, Tracer], wanted: Clip | None = None) -> str:
+    """The text of a recipe, for `wanted` clips if they are given."""
+    clip, report = planned(model, card, tracers, [wanted] if wanted else [*clips(model)])
     (width, height), num_frames = clip.size, clip.num_frames
     assert report.chosen is not None
     chosen = report.plans[report.chosen]
@@ -118,7 +122,7 @@ def recipe(model: WanVariant, card: Card, tracers: dict[float, Tracer]) -> str:
         f"# LoRA of {title} at {num_frames} frames of {width}x{height} on one GPU with {card.gigabytes} GB:",
         f"# {chosen.name}.",
         "#",
-        f"#   cp recipes/{name_of(model, card)} run.toml    # paths below are relative to the file",
+        f"#   cp recipes/{name_of(model, card, clip)} run.toml    # paths below are relative to the file",
         "#   longtake prepare run.toml",
         "#   longtake train run.toml",
         "#",
@@ -175,9 +179,10 @@ def fields(strategy: MemoryStrategy) -> Iterator[str]:
             yield f"{field} = {text}"
 
 
-def name_of(model: WanVariant, card: Card) -> str:
+def name_of(model: WanVariant, card: Card, clip: Clip | None = None) -> str:
     """Of the file."""
-    return f"{model.name}-lora-{card.gigabytes}gb.toml"
+    long = "-129f" if clip == LONG else ""
+    return f"{model.name}{long}-lora-{card.gigabytes}gb.toml"
 
 
 def main() -> None:
@@ -189,6 +194,10 @@ def main() -> None:
         for card in CARDS:
             path = FOLDER / name_of(VARIANTS[name], card)
             path.write_text(recipe(VARIANTS[name], card, tracers), encoding="utf-8")
+            print(path, flush=True)
+        for card in (CARDS[0], CARDS[-1]) if name == "wan2.1-i2v-14b-480p" else ():
+            path = FOLDER / name_of(VARIANTS[name], card, LONG)
+            path.write_text(recipe(VARIANTS[name], card, tracers, LONG), encoding="utf-8")
             print(path, flush=True)
 
 

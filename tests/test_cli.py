@@ -202,7 +202,7 @@ def test_without_a_command_the_help_is_shown() -> None:
     outcome = run()
     assert outcome.status == 0
     assert "Usage: longtake" in outcome.out
-    for command in ("init", "inspect", "prepare", "train", "sample", "export", "push", "demo"):
+    for command in ("init", "inspect", "doctor", "prepare", "train", "sample", "export", "push", "demo"):
         assert f"  {command} " in outcome.out
         assert f"Usage: longtake {command}" in run(command, "--help").out
 

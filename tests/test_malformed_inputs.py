@@ -153,7 +153,6 @@ def test_settings_that_the_model_or_the_disk_does_not_have(
     [
         ("b.mp4", b"", "b.mp4 is empty (0 bytes); copy it again or leave it out"),
         ("b.mp4", b"this is just text\n" * 99, "b.mp4 is not a video"),
-        ("b.png", b"", "b.png is a still image; leave it out: this model learns from clips"),
     ],
 )
 def test_a_clip_that_cannot_be_used(place: Place, name: str, content: bytes | np.ndarray, line: str) -> None:
@@ -161,6 +160,15 @@ def test_a_clip_that_cannot_be_used(place: Place, name: str, content: bytes | np
     outcome = place.prepare()
     assert not wrong(outcome, f"data/{name}: {line}", VERDICT)
     assert not (place.folder / "cache" / "manifests").exists()
+
+
+def test_a_still_image_for_a_model_that_learns_from_clips(place: Place) -> None:
+    place.only("b.png", b"")
+    assert not wrong(place.prepare(), "still images; give clips: this model learns how a video goes on from the image")
+    clips.write(place.data / "a.mp4", clips.levels(8), fps=16)
+    (place.data / "a.txt").write_text("grey")
+    line = "data/b.png: b.png is a still image; leave it out: this model learns from clips"
+    assert not wrong(place.prepare(), line, VERDICT.replace("1 of 1", "1 of 2"))
 
 
 @pytest.mark.parametrize("frames", [1, 4])

@@ -220,8 +220,10 @@ def test_an_output_that_cannot_be_written(done: Done) -> None:
     assert not wrong(
         run("export", "--run", done.run, "--format", "kohya", "--out", out), "first.png is no folder", status=1
     )
-    wish = ["--run", done.run, "--image", done.folder / "first.png", "--steps", 1, "--out", out]
-    assert not wrong(run("sample", "--prompt", "grey", *wish), "first.png is no folder", status=1)
+    wish = ["--run", done.run, "--image", done.folder / "first.png", "--steps", 1, "--prompt", "grey"]
+    assert not wrong(run("sample", *wish, "--out", out.with_suffix(".mp4")), "first.png is no folder", status=1)
+    line = "--out: a video is written as mp4, not as .gif; name it .mp4"
+    assert not wrong(run("sample", *wish, "--out", done.folder / "clip.gif"), line)
 
 
 def test_a_first_config_that_cannot_be_made(done: Done) -> None:

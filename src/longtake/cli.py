@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 
-from longtake import cli_export
+from longtake import cli_doctor, cli_export
 from longtake import cli_options as options
 from longtake.errors import ConfigError, LongtakeError, Problem
 
@@ -82,6 +82,9 @@ def inspect(
     for key, value in found.items():
         if value not in (None, [], (), ""):
             print(f"{key:16} {', '.join(map(str, value)) if isinstance(value, list | tuple) else value}")
+
+
+cli_doctor.register(app)
 
 
 @app.command()
@@ -204,6 +207,12 @@ def sample(
     out: Annotated[Path, typer.Option(help="The mp4 to write.")],
     run: Annotated[Optional[Path], typer.Option(help="A run's folder: its model with its adapter.")] = None,  # noqa: UP045
     model: Annotated[str, typer.Option(help="Variant name, path or hub id.")] = "",
+    low_noise_model: Annotated[
+        str, typer.Option("--low-noise-model", help="Of an A14B model in two files, the low-noise one.")
+    ] = "",
+    components: Annotated[
+        str, typer.Option(help="Folder or hub id of VAE and encoders where the model has none.")
+    ] = "",
     loras: Annotated[
         Optional[list[Path]],  # noqa: UP045
         typer.Option("--lora", help="A LoRA file in any format; of a model of two transformers, one for each."),
@@ -222,12 +231,16 @@ def sample(
         raise ConfigError(Problem("give either --run or --model", "longtake sample", "not both, not neither"))
     if run is not None and loras:
         raise ConfigError(Problem("a run has its own adapter", "--lora", "use --model with --lora"))
+    if out.suffix.lower() != ".mp4":
+        what = f"a video is written as mp4, not as {out.suffix or 'a file without an ending'}"
+        raise ConfigError(Problem(what, "--out", "name it .mp4"))
     _quiet_libraries()
     from longtake.progress import Reporter
-    from longtake.training.results import Wish, sample_to_file
+    from longtake.training.results import Wish, model_of, sample_to_file
 
     wish = Wish(prompt, negative_prompt, image, last_image, num_frames, size, steps, guidance_scale, seed)
-    sample_to_file(run, model, loras or [], wish, out, Reporter())
+    given = model_of(model, low_noise_model, components) if run is None else None
+    sample_to_file(run, given, loras or [], wish, out, Reporter())
     print(out)
 
 

@@ -68,7 +68,10 @@ def train(asked: Asked, say: Callable[[str], None]) -> int:
             from longtake.web.report import write_report
 
             say(f"report:  {write_report(run)}")
-            say(f"result:  {run / _result(run)}")
+            from longtake.training.outputs import results_of
+
+            for path in results_of(run):
+                say(f"result:  {path}")
     return 0
 
 
@@ -111,9 +114,3 @@ def _idle(used: int) -> str:
     from longtake.distributed.devices import VARIABLE, idle, installed, visible
 
     return idle(used, visible(os.environ.get(VARIABLE), installed()))
-
-
-def _result(run: Path) -> str:
-    from longtake.training.outputs import ADAPTER
-
-    return ADAPTER if (run / ADAPTER).is_file() else "transformer"

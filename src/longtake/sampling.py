@@ -290,11 +290,11 @@ def _shape_problems(request: SampleRequest, spec: ModelSpec) -> Iterator[Problem
 def _image_problems(request: SampleRequest, spec: ModelSpec) -> Iterator[Problem]:
     takes = {"image": spec.task != "t2v", "last_image": spec.task == "flf2v"}
     needs = {"image": spec.task in ("i2v", "flf2v"), "last_image": spec.task == "flf2v"}
-    width, height = request.size
     for name, image in (("image", request.image), ("last_image", request.last_image)):
         if image is None and needs[name]:
-            yield Problem(f"{spec.name} makes a video from an image, none is given", name, "give one")
+            which = "an image" if name == "image" else "a last image too"
+            yield Problem(f"{spec.name} makes a video from {which}, none is given", name, "give one")
         elif image is not None and not takes[name]:
             yield Problem(f"{spec.name} would ignore the image", name, "leave it out, or choose a model that takes it")
-        elif image is not None and tuple(image.shape) != (3, height, width):
-            yield Problem(f"the image is {list(image.shape)}, not {[3, height, width]}", name, "cut it as a clip is")
+        elif image is not None and (found := [*image.shape]) != (wanted := [3, *reversed(request.size)]):
+            yield Problem(f"the image is {found}, not {wanted}", name, "cut it as a clip is")

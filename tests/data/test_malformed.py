@@ -86,6 +86,20 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     assert "is a pipe or a device" in str(problem)
 
 
+def test_a_name_that_is_not_utf_8_costs_only_its_row(tmp_path: Path) -> None:
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for name in (b"\xff", b"kite"):
+        clips.write(folder / "clip.mp4", clips.levels(8)).rename(folder / os.fsdecode(name + b".mp4"))
+        (folder / os.fsdecode(name + b".txt")).write_text("a kite")
+    (record,), (problem,) = read_source(folder, False)
+    assert record.path.name == "kite.mp4"
+    assert (problem.what, problem.where) == ("the path is not UTF-8", "clips/\\udcff.mp4")
+    (folder / "clips.jsonl").write_text('{"video": "\\udcff.mp4", "caption": "a kite"}')
+    _, (problem,) = read_source(folder / "clips.jsonl", False)
+    assert (problem.what, problem.where) == ("the path is not UTF-8", "clips.jsonl:line 1")
+
+
 def test_a_link_is_not_followed(tmp_path: Path) -> None:
     clips.write(tmp_path / "real.mp4", clips.levels(6))
     (tmp_path / "a.mp4").symlink_to("real.mp4")

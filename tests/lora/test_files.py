@@ -234,7 +234,7 @@ def test_other_files_are_refused_in_one_line(tmp_path):
         (lambda: None, "no such file"),
         (path.mkdir, "no such file"),
         (lambda: (path.rmdir(), path.write_bytes(struct.pack("<Q", 2**40) + b"{}")), "damaged"),
-        (lambda: path.write_text("not a safetensors file at all"), "damaged"),
+        (lambda: path.write_text("not a safetensors file at all"), "not a safetensors file"),
         (lambda: save_file(weights, path), "no LoRA"),
     ):
         make()

@@ -8,6 +8,7 @@ from longtake.config.schema import LoraConfig
 from longtake.errors import ConfigError, ModelError
 from longtake.lora import adapter_state, attach, begin_from, save_adapter, trained_adapter
 from longtake.models.wan.keys import to_original
+from longtake.models.wan.variants import variant
 
 LORA = LoraConfig(rank=4, alpha=8.0, targets=("attention", "ffn"))
 
@@ -16,10 +17,10 @@ LORA = LoraConfig(rank=4, alpha=8.0, targets=("attention", "ffn"))
 def written(tmp_path, trained):
     """`written(lora, form)` is a file of a trained adapter, and the transformer that it was trained on."""
 
-    def write(lora=LORA, form="comfyui"):
+    def write(lora=LORA, form="comfyui", metadata=None):
         transformer = trained("tiny-t2v", lora)
         path = tmp_path / "start.safetensors"
-        save_adapter(path, trained_adapter(adapter_state(transformer), lora, {}), form)
+        save_adapter(path, trained_adapter(adapter_state(transformer), lora, metadata or {}), form)
         return path, transformer
 
     return write
@@ -110,6 +111,47 @@ def test_a_higher_rank_is_refused_with_the_rank_that_would_do(build, written):
     assert len(lines) == 4
 
 
+def test_a_higher_rank_in_a_block_with_a_rank_of_its_own_names_that_key(build, written):
+    path, _ = written()
+    with pytest.raises(ConfigError) as caught:
+        begun(build, LORA.model_copy(update={"rank": 3, "block_ranks": ((1, 1, 2),)}), path)
+    assert "set lora.rank = 4, or lower it" in str(caught.value).splitlines()[0]
+    with pytest.raises(ConfigError) as caught:
+        begun(build, LORA.model_copy(update={"block_ranks": ((0, 0, 2),)}), path)
+    line = str(caught.value).splitlines()[0]
+    assert line.startswith("lora.start_from: blocks.0.attn1.to_k has rank 4 in the file and 2 in the config;")
+    assert "give block 0 rank 4 in lora.block_ranks, or lower it" in line
+
+
+def test_different_ranks_are_told_as_a_range(build, written):
+    lora = LORA.model_copy(update={"block_ranks": ((1, 1, 2),)})
+    path, _ = written(lora)
+    _, told = begun(build, lora, path)
+    assert told == "starting from start.safetensors: 20 layers of ranks 2 to 4"
+
+
+def test_a_lora_of_another_task_is_refused_and_one_of_another_model_is_said(build, written):
+    path, _ = written(metadata={"longtake.model": "wan2.1-t2v-1.3b"})
+    _, told = begun(build, LORA, path, spec=variant("tiny-t2v").spec)
+    assert told == (
+        "starting from start.safetensors: 20 layers of rank 4;"
+        " start.safetensors is a LoRA of wan2.1-t2v-1.3b, the model is tiny-t2v"
+    )
+    with pytest.raises(ModelError, match=r"this is a LoRA of wan2\.1-t2v-1\.3b \(t2v\), the model is tiny-i2v \(i2v\)"):
+        begun(build, LORA, path, spec=variant("tiny-i2v").spec)
+
+
+def test_a_file_of_another_kind_is_told_from_a_damaged_one(build, tmp_path, written):
+    image = tmp_path / "image.png"
+    image.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(64))
+    with pytest.raises(ModelError, match=r"image\.png: this is not a safetensors file$"):
+        begun(build, LORA, image)
+    path, _ = written()
+    path.write_bytes(path.read_bytes()[:4000])
+    with pytest.raises(ModelError, match="the safetensors file is damaged"):
+        begun(build, LORA, path)
+
+
 def test_a_dora_goes_on_as_a_dora_alone(build, written, velocity):
     dora = LORA.model_copy(update={"dora": True})
     path, before = written(dora)
@@ -137,6 +179,12 @@ def test_there_is_one_file_for_each_expert(build, written):
         begin_from(transformer, lora, (0, 1))
     with pytest.raises(ModelError, match=r"nowhere\.safetensors: there is no such file"):
         begin_from(transformer, lora, (0, 2))
+    neither = LORA.model_copy(update={"start_from": ("nowhere.safetensors", "neither.safetensors")})
+    with pytest.raises(ModelError) as caught:
+        begin_from(transformer, neither, (0, 2))
+    assert str(caught.value).splitlines() == [
+        f"lora.start_from: {name}.safetensors: there is no such file" for name in ("nowhere", "neither")
+    ]
 
 
 @pytest.mark.parametrize(("expert", "place"), [("low", (0, 2)), ("high", (1, 2))])

@@ -58,7 +58,8 @@ def test_settings_prompts_and_hints_are_told() -> None:
         "# kites",
         "| rank | 16, 4 in blocks 0 to 3 |",
         "| alpha | 8, rsLoRA |",
-        "| steps | 300 of 4 clips |",
+        "| adapter | LoRA |",
+        "| steps | 300 steps, 4 clips each |",
         "| resolution | 832x480 |",
         "| frames | 129 at 16 a second |",
         "> A red kite over a beach",
@@ -73,6 +74,12 @@ def test_settings_prompts_and_hints_are_told() -> None:
 def test_of_two_experts_each_has_its_file() -> None:
     files = ("adapter-high-noise.safetensors", "adapter-low-noise.safetensors")
     text = written(card("wan2.2-t2v-a14b", files=files))
+    assert (
+        "put them into `models/loras` and load them with the node LoraLoaderModelOnly; attach"
+        " `adapter-high-noise.safetensors` to the high-noise model, `adapter-low-noise.safetensors` to the low-noise"
+        " model."
+    ) in text
+    assert "one alone" not in text
     assert 'weight_name="adapter-high-noise.safetensors")' in text
     assert 'weight_name="adapter-low-noise.safetensors", load_into_transformer_2=True)' in text
 
@@ -81,6 +88,10 @@ def test_of_two_experts_each_has_its_file() -> None:
 def test_of_one_expert_the_adapter_is_loaded_into_it(expert: str, second: bool) -> None:
     text = written(card("wan2.2-t2v-a14b", expert=expert))
     assert ("load_into_transformer_2=True" in text) is second
+    component = "transformer_2" if second else "transformer"
+    assert f"The model has two transformers; this is for the {expert}-noise one alone (`{component}`, ComfyUI's" in text
+    assert f" {expert}-noise model)." in text
+    assert f"load it with the node LoraLoaderModelOnly; attach it to the {expert}-noise model." in text
 
 
 def test_full_weights_are_loaded_as_a_transformer() -> None:
@@ -98,9 +109,57 @@ def test_a_lowered_rank_is_told() -> None:
     assert "| rank | 16, brought down to 4 |" in written(card(rank=4)).splitlines()
 
 
-def test_a_dora_says_what_diffusers_reads() -> None:
-    assert "reads a DoRA in its own format alone" in written(card(lora={"dora": True}))
-    assert "reads a DoRA" not in written(card())
+def test_one_of_a_thing_is_told_as_one() -> None:
+    training = {"steps": 1, "global_batch_size": 1, "lora_plus_ratio": 16.0}
+    lines = written(card(lora={"rank": 16, "block_ranks": [[2, 2, 4]]}, sections={"training": training})).splitlines()
+    assert "| steps | 1 step, 1 clip each |" in lines
+    assert "| rank | 16, 4 in block 2 |" in lines
+    assert "| lora_plus_ratio | 16 |" in lines
+    assert "lora_plus_ratio" not in written(card())
+
+
+@pytest.mark.parametrize("form", ["comfyui", "kohya"])
+def test_a_dora_is_told_as_one_and_not_given_to_what_reads_it_wrongly(form: str) -> None:
+    text = written(card(lora={"dora": True}, form=form))
+    assert "# kites (DoRA)" in text.splitlines()
+    assert "| adapter | DoRA |" in text.splitlines()
+    assert "diffusers reads a DoRA in its own format alone: `longtake export --format diffusers`" in text
+    assert "`longtake export --format comfyui --merge` writes full weights" in text
+    for other in ("models/loras", "load_lora_weights"):
+        assert other not in text
+    assert "DoRA" not in written(card())
+
+
+def test_adapters_in_other_formats_are_listed_and_diffusers_is_given_its_own(tmp_path: Path) -> None:
+    for name in ("adapter-diffusers.safetensors", "adapter-kohya.safetensors", "another-diffusers.safetensors"):
+        (tmp_path / name).touch()
+    listed = "| files | `adapter.safetensors`, `adapter-diffusers.safetensors`, `adapter-kohya.safetensors` |"
+    text = write_card(tmp_path, card(lora={"dora": True})).read_text()
+    assert listed in text.splitlines()
+    assert 'load_lora_weights(".", weight_name="adapter-diffusers.safetensors")' in text
+    assert "models/loras" not in text
+    plain = write_card(tmp_path, card()).read_text()
+    assert listed in plain.splitlines()
+    assert 'load_lora_weights(".", weight_name="adapter.safetensors")' in plain
+
+
+def test_what_does_not_load_an_export_is_not_told_to() -> None:
+    assert "load_lora_weights" in written(card(form="kohya"))
+    kohya = written(card(form="kohya", lora={"targets": ["attention"]}))
+    assert "load_lora_weights" not in kohya
+    assert "`longtake export --format diffusers` writes its file" in kohya
+    assert "models/loras" in kohya
+    diffusers = written(card(form="diffusers"))
+    assert "models/loras" not in diffusers
+    assert "load_lora_weights" in diffusers
+    assert "ComfyUI: `longtake export --format comfyui` writes its file of the same adapter." in diffusers
+
+
+def test_weights_in_shards_are_not_for_comfyui(tmp_path: Path) -> None:
+    (tmp_path / "merged").mkdir()
+    text = write_card(tmp_path, card(files=("merged",), whole=True)).read_text()
+    assert "ComfyUI loads one file, not shards" in text
+    assert "models/diffusion_models" not in text
 
 
 def test_another_readme_stays_where_it_is(tmp_path: Path) -> None:

@@ -1,10 +1,7 @@
 """Checkpoints: what is written comes back, damage is noticed, the last ones are kept, a refusing disk is named."""
 
 import json
-import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,42 +9,14 @@ import torch
 
 from longtake.errors import RunError
 from longtake.training.checkpoint import checkpoint_path, load_newest
-from saved import Saved, read, save
-
-
-def checkpoint(step: int, ema: bool = True) -> Saved:
-    """A checkpoint whose values name its step."""
-    weights = {"a.weight": torch.full((4, 3), float(step)), "b": torch.arange(5.0) + step}
-    state = {"a.weight/exp_avg": torch.randn(4, 3), "a.weight/step": torch.tensor(float(step))}
-    average = {name: tensor / 2 for name, tensor in weights.items()}
-    return Saved(step, weights, state, average if ema else {}, {"backend": {"scale": 65536.0}})
-
-
-def equal(one: Saved, other: Saved) -> bool:
-    """Whether two checkpoints hold the same."""
-    parts = ("trained", "optimizer", "ema")
-    tensors = all(
-        getattr(one, part).keys() == getattr(other, part).keys()
-        and all(torch.equal(tensor, getattr(other, part)[name]) for name, tensor in getattr(one, part).items())
-        for part in parts
-    )
-    return tensors and (one.step, one.state) == (other.step, other.state)
+from refusals import file_size_limit
+from saved import Saved, equal, read, save
+from saved import numbered as checkpoint
 
 
 def names(run: Path) -> list[str]:
     """What lies in the folder of checkpoints."""
     return sorted(path.name for path in (run / "checkpoints").iterdir())
-
-
-@contextmanager
-def file_size_limit(count: int) -> Iterator[None]:
-    """Inside the context the system refuses to make a file larger than `count` bytes, as a full disk would."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (count, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("ema", [True, False])

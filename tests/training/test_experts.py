@@ -13,7 +13,7 @@ from longtake.config.schema import TrainingConfig
 from longtake.errors import ModelError
 from longtake.lora import read_adapter
 from longtake.training.checkpoint import checkpoint_path, load_checkpoint
-from longtake.training.experts import expert_of_step, share_of
+from longtake.training.experts import expert_of_step, share_of, turns_in_words
 from longtake.training.flow_matching import draw
 from longtake.training.metrics import FILE, read_metrics
 from longtake.training.model import Expert
@@ -152,14 +152,26 @@ def test_samples_while_training_use_both(scenes: Scenes, tmp_path: Path) -> None
 def test_a_lora_is_for_the_expert_that_its_metadata_or_its_name_says(scenes: Scenes, tmp_path: Path) -> None:
     scene = scenes("tiny-t2v-a14b")
     run = scene.train(config_of(scene, tmp_path / "run", training={"steps": 4}))
-    found = adapters_of([run / FILES[1], run / FILES[0]], scene.spec)
+    said: list[str] = []
+    found = adapters_of([run / FILES[1], run / FILES[0]], scene.spec, said.append)
+    assert said == []
     assert [*found] == ["transformer_2", "transformer"]
     plain = {noise: tmp_path / f"mine_{noise}_v2.safetensors" for noise in ("high", "low", "highlow", "other")}
     for path in plain.values():
         save_file(load_file(run / FILES[0]), path)
-    assert [*adapters_of([plain["low"], plain["high"]], scene.spec)] == ["transformer_2", "transformer"]
+    assert [*adapters_of([plain["low"], plain["high"]], scene.spec, said.append)] == ["transformer_2", "transformer"]
     for noise in ("highlow", "other"):
         with pytest.raises(ModelError, match='put "high" or "low" into its name'):
-            adapters_of([plain[noise]], scene.spec)
+            adapters_of([plain[noise]], scene.spec, said.append)
     with pytest.raises(ModelError, match="there is a LoRA for transformer already"):
-        adapters_of([plain["high"], run / FILES[0]], scene.spec)
+        adapters_of([plain["high"], run / FILES[0]], scene.spec, said.append)
+
+
+def test_a_run_says_how_many_steps_each_expert_has(scenes: Scenes, tmp_path: Path) -> None:
+    short, long = (TrainingConfig(steps=steps, warmup_steps=0, shift=3.0) for steps in (4, 100))
+    told = "4 steps: 0 of the high-noise one, 4 of the low-noise one; the high-noise one stays as it is"
+    assert turns_in_words(BOTH, short) == f"{told}, and would have its first step in a run of 6"
+    assert turns_in_words(BOTH, long) == "100 steps: 19 of the high-noise one, 81 of the low-noise one"
+    scene, said = scenes("tiny-t2v-a14b"), Recorder()
+    scene.train(config_of(scene, tmp_path / "run"), reporter=said)
+    assert said.having("experts: 8 steps: ")

@@ -7,20 +7,29 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
 from longtake import files
 from longtake.config.dump import to_toml
 from longtake.config.schema import RunConfig
+from longtake.training.checkpoint import load_newest
 from runs import Scene, assert_same_run
 
 STEPS = 5
 KILLS = 20
+SAMPLED = 29
+"""Every so many of the moments of a run before and after an operation are tried in `make test`, all in `make bench`."""
 SERVER = Path(__file__).with_name("forked_runs.py")
 
-Ask = Callable[[RunConfig, bool, float | None], dict[str, Any]]
+
+class Ask(Protocol):
+    """Has a config run in a fork, which is killed after `kill_after` seconds or at the `die_at`th word of the disk."""
+
+    def __call__(
+        self, config: RunConfig, resume: bool, kill_after: float | None = None, die_at: int | None = None
+    ) -> dict[str, Any]: ...
 
 
 def config_of(scene: Scene, run: Path) -> RunConfig:
@@ -50,10 +59,12 @@ def ask(scenes: Callable[[str], Scene], tmp_path: Path) -> Iterator[Ask]:
         assert server.stdin is not None
         assert server.stdout is not None
 
-        def run(config: RunConfig, resume: bool, kill_after: float | None) -> dict[str, Any]:
+        def run(
+            config: RunConfig, resume: bool, kill_after: float | None = None, die_at: int | None = None
+        ) -> dict[str, Any]:
             path = Path(f"{config.output.run}.toml")
             files.write_text(path, to_toml(config))
-            request = {"config": str(path), "resume": resume, "kill_after": kill_after}
+            request = {"config": str(path), "resume": resume, "kill_after": kill_after, "die_at": die_at}
             server.stdin.write(json.dumps(request) + "\n")
             server.stdin.flush()
             answer = server.stdout.readline()
@@ -72,7 +83,7 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_to_the_bit_as_without(
 ) -> None:
     scene = scenes("tiny-i2v")
     whole = config_of(scene, tmp_path / "whole")
-    uninterrupted = ask(whole, False, None)
+    uninterrupted = ask(whole, False)
     assert uninterrupted["status"] == 0
     seconds, killed = uninterrupted["seconds"], 0
     moments = random.Random(0)
@@ -85,7 +96,7 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_to_the_bit_as_without(
             continue
         assert answer["status"] == -9
         begun = (run / "config.toml").exists()  # else the kill came before anything was
-        assert ask(config, begun, None)["status"] == 0
+        assert ask(config, begun)["status"] == 0
         assert_same_run(Path(whole.output.run), run, STEPS)
         assert not [*run.rglob("*.staged-*"), *run.rglob("activations-*")]
         assert len([*(run / "checkpoints").iterdir()]) == 2
@@ -93,3 +104,31 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_to_the_bit_as_without(
         if killed == KILLS:
             break
     assert killed == KILLS
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("every", [SAMPLED, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_run_killed_before_and_after_an_operation_on_the_disk_and_resumed_ends_to_the_bit_as_without(
+    scenes: Callable[[str], Scene], tmp_path: Path, ask: Ask, every: int
+) -> None:
+    scene = scenes("tiny-t2v")
+
+    def config_in(run: Path) -> RunConfig:
+        return scene.config(run, training={"ema": 0.5}, output={"keep": 1, "formats": ("comfyui", "kohya")})
+
+    scene.prepare(config_in(tmp_path / "whole"))
+    whole = ask(config_in(tmp_path / "whole"), False)
+    assert whole["status"] == 0
+    assert whole["told"] > 100
+    for die_at in range(1, whole["told"] + 1, every):
+        config = config_in(tmp_path / f"died-{die_at}")
+        run = Path(config.output.run)
+        assert ask(config, False, die_at=die_at)["status"] == -9
+        newest = load_newest(run, pytest.fail)  # nothing that is damaged has a checkpoint's name
+        assert newest is None or newest.step in (1, 2)
+        assert ask(config, (run / "config.toml").exists())["status"] == 0
+        assert_same_run(tmp_path / "whole", run, step=2)
+        assert not [*run.rglob("*.staged-*")]
+        # the one before the last stays where the kill came between the two, since nothing more is saved
+        assert len([*(run / "checkpoints").iterdir()]) in (1, 2)

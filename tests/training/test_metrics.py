@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from longtake.errors import ConfigError
+from longtake.errors import ConfigError, RunError
+from longtake.training.events import Events
 from longtake.training.metrics import FILE, Metrics, read_metrics
+from refusals import file_size_limit
 
 
 def write(run: Path, steps: range, resumed: int | None = None) -> None:
@@ -47,6 +49,38 @@ def test_without_a_checkpoint_every_line_is_dropped(tmp_path: Path) -> None:
     write(tmp_path, range(3))
     write(tmp_path, range(2), resumed=None)
     assert [line["step"] for line in read_metrics(tmp_path / FILE)] == [0, 1]
+
+
+def test_a_disk_that_refuses_a_line_is_named_and_the_log_goes_on_from_what_is_whole(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, None, "", {})
+    metrics.write(1, {"loss": 1.0})
+    with file_size_limit(1000), pytest.raises(RunError, match="are free there; make room") as raised:
+        metrics.write(2, {"loss": 2.0, "note": "text" * 1000})
+    metrics.close()
+    (problem,) = raised.value.problems
+    assert (problem.what, problem.where) == ("cannot write: File too large", str(tmp_path / FILE))
+    assert (tmp_path / FILE).stat().st_size == 1000  # a part of the line
+    assert [line["step"] for line in read_metrics(tmp_path / FILE)] == [1]
+    write(tmp_path, range(2, 4), resumed=1)
+    assert [line["step"] for line in read_metrics(tmp_path / FILE)] == [1, 2, 3]
+
+
+def test_a_disk_that_refuses_an_event_is_named_and_later_files_are_read(tmp_path: Path) -> None:
+    events = Events(tmp_path, 0)
+    events.write(1, {"loss": 1.0})
+    with file_size_limit(1000), pytest.raises(RunError, match=r"events\.out\.tfevents.*: cannot write: File too large"):
+        events.write(2, {f"loss {number}": 2.0 for number in range(100)})
+    events.close()
+    write(tmp_path, range(2, 4), resumed=1)
+    assert [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("loss")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("tail", [bytes(64), b"\xff\xfe" * 9, b'{"step": 4, "lo', b"\n\n"])
+def test_what_a_loss_of_power_left_at_the_end_of_the_log_is_left_out(tmp_path: Path, tail: bytes) -> None:
+    write(tmp_path, range(1, 4))
+    with (tmp_path / FILE).open("ab") as file:
+        file.write(tail)
+    assert [line["step"] for line in read_metrics(tmp_path / FILE)] == [1, 2, 3]
 
 
 def test_a_line_cut_off_by_a_kill_is_no_line(tmp_path: Path) -> None:

@@ -157,6 +157,9 @@ def test_what_cannot_be_pushed_is_named_and_the_hub_not_asked(
     with pytest.raises(ConfigError) as caught:
         here(finished, Destination("no/such/name"))
     assert str(caught.value) == "--repo no/such/name: this is no name of a repository; write owner/name"
+    for name in ("foo", "/foo", "foo/", ""):
+        with pytest.raises(ConfigError, match="this is no name of a repository; write owner/name"):
+            here(finished, Destination(name))
     (tmp_path / "config.toml").write_bytes((finished / "config.toml").read_bytes())
     with pytest.raises(ConfigError) as caught:
         here(tmp_path)

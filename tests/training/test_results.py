@@ -1,6 +1,7 @@
 """What one takes from a run: adapters in each format, merged weights, videos; and what is said where it cannot be."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,13 @@ import torch
 from PIL import Image
 
 from longtake.data.video import probe
-from longtake.errors import ConfigError, RunError
-from longtake.lora import Adapter
+from longtake.errors import ConfigError, ModelError, RunError
+from longtake.lora import Adapter, read_adapter, save_adapter
 from longtake.models.wan.variants import variant
 from longtake.progress import Reporter
 from longtake.training.checkpoint import checkpoint_path
 from longtake.training.model import choose_experts
-from longtake.training.results import Wish, read_run, run_adapter, sample_to_file
+from longtake.training.results import Wish, adapters_of, model_of, read_run, run_adapter, sample_to_file
 from runs import Recorder, Scene, Stopper
 from saved import read
 
@@ -72,11 +73,11 @@ def test_a_sample_of_a_run_is_a_sample_of_its_adapter(finished: Path, tmp_path: 
     Image.new("RGB", (64, 64), (30, 90, 200)).save(image)
     asked = wish(image=image)
     videos = [tmp_path / name for name in ("run.mp4", "lora.mp4", "base.mp4")]
-    sample_to_file(finished, "", [], asked, videos[0], Recorder())
+    sample_to_file(finished, None, [], asked, videos[0], Recorder())
     model = str(read_run(finished).model.path)
     explicit = wish(image=image, size="32x32", num_frames=5)
-    sample_to_file(None, model, [finished / "adapter.safetensors"], explicit, videos[1], Recorder())
-    sample_to_file(None, model, [], explicit, videos[2], Recorder())
+    sample_to_file(None, model_of(model), [finished / "adapter.safetensors"], explicit, videos[1], Recorder())
+    sample_to_file(None, model_of(model), [], explicit, videos[2], Recorder())
     content = [video.read_bytes() for video in videos]
     assert content[0] == content[1]
     assert content[0] != content[2]
@@ -86,7 +87,7 @@ def test_a_sample_of_a_run_is_a_sample_of_its_adapter(finished: Path, tmp_path: 
 @pytest.mark.parametrize("size", ["32", "32x", "axb", "32 x 32"])
 def test_a_size_that_cannot_be_read_is_named(finished: Path, tmp_path: Path, size: str) -> None:
     with pytest.raises(ConfigError, match=r"--size: cannot read .*; write WIDTHxHEIGHT"):
-        sample_to_file(finished, "", [], wish(size=size), tmp_path / "out.mp4", Recorder())
+        sample_to_file(finished, None, [], wish(size=size), tmp_path / "out.mp4", Recorder())
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
@@ -102,3 +103,35 @@ def test_a_run_without_anything_to_take_says_so(scenes: Scenes, tmp_path: Path) 
         checkpoint_path(run, step).rename(tmp_path / str(step))
     with pytest.raises(ConfigError, match="the run has no adapter and no checkpoint yet"):
         adapter_of_run(run, Recorder())
+
+
+def test_a_lora_of_another_task_is_refused_and_one_of_another_model_is_said(finished: Path, tmp_path: Path) -> None:
+    adapter, spec, said = read_adapter(finished / "adapter.safetensors"), variant("tiny-i2v").spec, list[str]()
+    path = tmp_path / "lora.safetensors"
+
+    def of(model: str) -> list[Path]:
+        save_adapter(path, replace(adapter, metadata={"longtake.model": model} if model else {}), "comfyui")
+        return [path]
+
+    with pytest.raises(ModelError) as caught:
+        adapters_of(of("tiny-flf2v"), spec, said.append)
+    assert str(caught.value) == (
+        f"{path}: this is a LoRA of tiny-flf2v (flf2v), the model is tiny-i2v (i2v); use one of the same task"
+    )
+    for model in ("", "tiny-i2v"):
+        adapters_of(of(model), spec, said.append)
+    assert said == []
+    for model in ("wan2.2-i2v-a14b", "of-later-days"):
+        adapters_of(of(model), spec, said.append)
+    assert said == [
+        f"lora.safetensors is a LoRA of {m}, the model is tiny-i2v" for m in ("wan2.2-i2v-a14b", "of-later-days")
+    ]
+
+
+def test_a_run_does_not_start_from_a_lora_of_another_task(scenes: Scenes, finished: Path, tmp_path: Path) -> None:
+    adapter, path = read_adapter(finished / "adapter.safetensors"), tmp_path / "lora.safetensors"
+    save_adapter(path, replace(adapter, metadata={"longtake.model": "tiny-t2v"}), "comfyui")
+    scene = scenes("tiny-i2v")
+    lora = {"rank": adapter.rank, "alpha": 2.0, "start_from": [str(path)]}
+    with pytest.raises(ModelError, match=r"this is a LoRA of tiny-t2v \(t2v\), the model is tiny-i2v \(i2v\)"):
+        scene.train(scene.config(tmp_path / "run", lora=lora))

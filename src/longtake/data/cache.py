@@ -72,7 +72,8 @@ class Cache:
                 raise CacheError(Problem(f"{name} has values that are not finite", f"{kind}/{key}", "look at the clip"))
         metadata = {"content": _content(tensors)}  # one key: the library writes several in any order
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        files.write_file(self._path(kind, key), lambda path: save_file(contiguous, path, metadata))
+        needed = sum(tensor.nbytes for tensor in contiguous.values())
+        files.write_file(self._path(kind, key), lambda path: save_file(contiguous, path, metadata), needed)
 
     def read(self, kind: Kind, key: str) -> dict[str, torch.Tensor]:
         """The tensors of an entry; raises CacheError where it is missing or has changed since it was written."""

@@ -15,7 +15,7 @@ from longtake.data.buckets import Window
 from longtake.data.cache import FORMAT, Cache, Entry, Kind, Manifest, digest
 from longtake.data.claims import Claims
 from longtake.data.dataset import Placed, cache_settings, place, read_sources
-from longtake.data.hashes import content_hashes
+from longtake.data.hashes import clip_key, content_hashes
 from longtake.data.metadata import usable
 from longtake.data.video import read_clip, read_image
 from longtake.errors import CacheError, DataError, ModelError, Problem
@@ -128,7 +128,7 @@ class _Keys:
             text=self.text(record.prompt),
             bucket=(bucket.frames, bucket.height, bucket.width),
             stages=item.stages,
-            clip=digest([self.hashes[record.path], record.start, record.frames, record.fps]),
+            clip=clip_key(self.hashes[record.path], record),
             prompt=record.prompt,
             where=record.where,
             split=item.split,

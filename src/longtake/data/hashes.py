@@ -6,7 +6,9 @@ from contextlib import closing
 from pathlib import Path
 
 from longtake import files
+from longtake.data.cache import digest
 from longtake.data.claims import Claims
+from longtake.data.metadata import ClipRecord
 from longtake.data.video import content_hash
 
 NAME = "hashes.json"
@@ -31,6 +33,11 @@ def content_hashes(paths: Collection[Path], claims: Claims) -> dict[Path, str]:
             memory.add({names[path]: content_hash(path) for path in missing(block)})
     known = memory.known()
     return {path: known[name] for path, name in names.items()}
+
+
+def clip_key(content: str, record: ClipRecord) -> str:
+    """What identifies a clip whatever its bucket: the hash of its content and the part of it that is used."""
+    return digest([content, record.start, record.frames, record.fps])
 
 
 class _Memory:

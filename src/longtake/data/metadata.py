@@ -14,8 +14,12 @@ from longtake.errors import DataError, Problem
 VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".3gp", ".mj2"})
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 PROMPT_COLUMNS = ("prompt", "caption")
+TOLERANCE = 0.1
+"""Share of a source's clips that may be unusable."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|(data|concat|subfile|pipe|fd):")
+_HALF = re.compile("[\ud800-\udfff]")
+"""Half of a UTF-16 pair, as which Python also has a byte of a file's name that is not UTF-8."""
 _NO_STILLS = "leave it out: this model learns from clips, whose first frame it is given"
 
 
@@ -61,7 +65,7 @@ def read_source(source: Path, image_allowed: bool) -> tuple[list[ClipRecord], li
     return records, problems
 
 
-def usable(records: list[ClipRecord], problems: list[Problem], tolerance: float = 0.1) -> list[ClipRecord]:
+def usable(records: list[ClipRecord], problems: list[Problem], tolerance: float = TOLERANCE) -> list[ClipRecord]:
     """`records` if few enough rows are bad; raises DataError with all `problems` where more than `tolerance` are.
 
     The caller reports the problems of the rows that are left out.
@@ -131,7 +135,7 @@ def _caption(text: str, where: str, problems: list[Problem]) -> str | None:
         problems.append(Problem("the caption is empty", where, "describe the clip, or leave it out"))
     elif "\0" in caption:
         problems.append(Problem("the caption has a NUL character", where, "remove it"))
-    elif any("\ud800" <= character <= "\udfff" for character in caption):
+    elif _HALF.search(caption):
         problems.append(Problem("the caption has half of a UTF-16 pair", where, "write the character itself"))
     else:
         return caption
@@ -173,6 +177,8 @@ def _inside(root: Path, value: object, where: str, problems: list[Problem]) -> P
 
 def _unfit(root: Path, path: Path, value: str) -> tuple[str, str]:
     """What speaks against `path`, and the remedy; empty if nothing does."""
+    if _HALF.search(str(path)):
+        return "the path is not UTF-8", "rename the file, or the folder that it is in"
     if not path.is_relative_to(root):
         return f"{value} is outside the dataset's folder {root}", "move or copy it there"
     if not path.exists():
@@ -199,8 +205,8 @@ def _read_folder(folder: Path, image_allowed: bool) -> list[ClipRecord | list[Pr
     orphans = sorted(captions - posters - {Path(name).stem for name in stills})
     remedy = "add the clip or remove it"
     return [
-        *(_pair(root, name, f"{root.name}/{name}", image_allowed) for name in sorted(videos + stills)),
-        *([Problem("a caption without a clip", f"{root.name}/{stem}.txt", remedy)] for stem in orphans),
+        *(_pair(root, name, _printable(f"{root.name}/{name}"), image_allowed) for name in sorted(videos + stills)),
+        *([Problem("a caption without a clip", _printable(f"{root.name}/{stem}.txt"), remedy)] for stem in orphans),
     ]
 
 
@@ -218,3 +224,8 @@ def _pair(root: Path, name: str, where: str, image_allowed: bool) -> ClipRecord 
     except DataError as error:
         return list(error.problems)
     return _record(Row(where, {"video": name, "prompt": text}), root, image_allowed)
+
+
+def _printable(place: str) -> str:
+    """`place` as UTF-8 can have it."""
+    return place.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -6,7 +6,7 @@ import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BufferedReader
 from itertools import islice, pairwise
 from pathlib import Path
@@ -36,7 +36,7 @@ class ClipInfo:
     """What a clip shows: pixels as displayed (after rotation and pixel aspect), seconds, frames a second.
 
     `frames` is the header's estimate, `rotation` the display matrix's degrees counter-clockwise. A still image has one
-    frame, no duration and no fps.
+    frame, no duration and no fps. `codec` and `pixel_format` are for people to read.
     """
 
     width: int
@@ -46,6 +46,8 @@ class ClipInfo:
     frames: int
     rotation: int = 0
     is_image: bool = False
+    codec: str = field(default="", compare=False)
+    pixel_format: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def probe(path: Path, where: str) -> ClipInfo:
             with open_image(file, path.name, where) as image:
                 width, height = image.size
                 turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-                return ClipInfo(*((height, width) if turned else (width, height)), 0.0, 0.0, 1, is_image=True)
+                shown = (height, width) if turned else (width, height)
+                return ClipInfo(*shown, 0.0, 0.0, 1, 0, True, image.format or "", image.mode)
         with open_video(file, path.name, where) as (container, stream):
             return _video_info(container, stream, path.name, where)
 
@@ -188,7 +191,8 @@ def _video_info(container: Any, stream: Any, name: str, where: str) -> ClipInfo:
     if round(first.rotation / 90) % 2:
         width, height = height, width
     frames = stream.frames or max(1, round(duration * fps))
-    return ClipInfo(width, height, duration, fps, frames, first.rotation)
+    codec, pixel_format = stream.codec_context.name, first.format.name
+    return ClipInfo(width, height, duration, fps, frames, first.rotation, False, codec, pixel_format)
 
 
 def _first_picture(container: Any, stream: Any, name: str, where: str) -> Any:

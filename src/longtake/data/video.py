@@ -36,6 +36,7 @@ __all__ = [
     "Window",
     "content_hash",
     "cover_and_crop",
+    "covering",
     "pick_by_time",
     "probe",
     "read_clip",
@@ -100,14 +101,18 @@ def cover_and_crop(
     gives the same bytes.
     """
     width, height = size
-    scale = max(width / frames.shape[3], height / frames.shape[2])
-    rows = max(height, round(frames.shape[2] * scale))
-    columns = max(width, round(frames.shape[3] * scale))
+    columns, rows = covering((frames.shape[3], frames.shape[2]), size)
     if (rows, columns) != tuple(frames.shape[2:]):
         scaled = torch.nn.functional.interpolate(frames.float(), (rows, columns), mode="bicubic", antialias=True)
         frames = scaled.round_().clamp_(0, 255).to(torch.uint8)
     top, left = (rows - height) // 2, (columns - width) // 2
     return frames[:, :, top : top + height, left : left + width].contiguous()
+
+
+def covering(given: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height to which a picture of `given` is scaled to cover `size`, all of them (width, height)."""
+    scale = max(size[0] / given[0], size[1] / given[1])
+    return max(size[0], round(given[0] * scale)), max(size[1], round(given[1] * scale))
 
 
 def write_clip(frames: UInt8[Tensor, "frames 3 height width"], path: Path, fps: float) -> None:
@@ -225,6 +230,7 @@ def _encode(container: Any, frames: UInt8[Tensor, "frames 3 height width"], rate
     stream = container.add_stream("libx264", rate=rate, options={"crf": "12", "preset": "medium"})
     stream.width, stream.height, stream.pix_fmt = frames.shape[3], frames.shape[2], "yuv420p"
     context = stream.codec_context
+    context.thread_count = 1  # with several, the same frames do not always give the same bytes
     context.colorspace = context.color_primaries = context.color_trc = _BT709
     context.color_range = 1  # limited, what players expect of yuv420p
     for frame in frames:

@@ -18,7 +18,8 @@ from longtake.errors import ModelError, Problem, RunError
 from longtake.files import write_file
 from longtake.lora.adapter import MAGNITUDE, Adapter
 from longtake.lora.formats import Entry, looks_like_lora, named, parse
-from longtake.lora.peft_metadata import adapter_metadata, metadata_alphas
+from longtake.lora.peft_metadata import adapter_metadata
+from longtake.models.wan.peft_alphas import metadata_alphas
 
 
 def save_adapter(path: Path, adapter: Adapter, format: LoraFormat) -> None:
@@ -29,7 +30,7 @@ def save_adapter(path: Path, adapter: Adapter, format: LoraFormat) -> None:
     """
     tensors = {key: tensor.detach().contiguous() for key, tensor in named(adapter, format).items()}
     content = _serialised(tensors, _header(adapter, format) | adapter.metadata)
-    write_file(path, lambda staged: _write_checked(staged, content, tensors, path))
+    write_file(path, lambda staged: _write_checked(staged, content, tensors, path), len(content))
 
 
 def read_adapter(path: Path) -> Adapter:
@@ -46,9 +47,17 @@ def read_adapter(path: Path) -> Adapter:
             tensors = {entry: file.get_tensor(key) for key, entry in entries.items()}
             metadata = {key: value for key, value in (file.metadata() or {}).items() if key != "format"}
     except (SafetensorError, OSError) as error:
+        if _is_another_kind(path):
+            raise ModelError(Problem("this is not a safetensors file", str(path))) from error
         remedy = "download or export it again"
         raise ModelError(Problem(f"the safetensors file is damaged ({error})", str(path), remedy)) from error
     return _adapter(tensors, metadata, path)
+
+
+def _is_another_kind(path: Path) -> bool:
+    """Whether a file has no brace where the header of a safetensors file begins; one cut off before it is damaged."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] not in (b"{", b"")
 
 
 def _entries(keys: list[str], path: Path) -> dict[str, Entry]:

@@ -8,12 +8,14 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from longtake.config.schema import LoraConfig
-from longtake.errors import ConfigError, Problem
+from longtake.errors import ConfigError, ModelError, Problem
 from longtake.lora.adapter import MAGNITUDE, Adapter
 from longtake.lora.dora import NO_FILES, frozen_weight
 from longtake.lora.files import read_adapter
 from longtake.lora.layers import NAME, adapted_layers
 from longtake.lora.merging import check_shapes, shortened
+from longtake.lora.origin import other_model
+from longtake.models.spec import ModelSpec
 from longtake.models.weight_files import WeightFile
 
 WHERE = "lora.start_from"
@@ -24,14 +26,16 @@ def begin_from(
     lora: LoraConfig,
     place: tuple[int, int] = (0, 1),
     files: Mapping[str, WeightFile] = NO_FILES,
+    spec: ModelSpec | None = None,
 ) -> str:
     """Fills the adapter that `attach` has put on `transformer` from `lora.start_from`, and says what was done.
 
     `place` is which of how many trained experts the transformer is. Each layer then adds what the file's does: the
     quotient of the scales is multiplied into B, in double precision and rounded once; where the file's rank is lower,
     the further rows of A stay as drawn and the columns of B are zero. Layers that the file lacks start fresh. Of a
-    plain LoRA a DoRA takes the lengths that its rows have, with weights on `meta` read from `files`. Raises
-    ConfigError where the file has more than `lora` trains, ModelError where it cannot be read or is of another model.
+    plain LoRA a DoRA takes the lengths that its rows have, with weights on `meta` read from `files`. `spec` is the
+    model, to be compared with the one that the file names. Raises ConfigError where the file has more than `lora`
+    trains, ModelError where it, or one of those after it, is not there, cannot be read or is of another model.
     """
     if not lora.start_from:
         return ""
@@ -39,18 +43,22 @@ def begin_from(
     if len(lora.start_from) != count:
         what = f"{len(lora.start_from)} files for {count} trained transformer{'s' if count > 1 else ''}"
         raise ConfigError(Problem(what, WHERE, "give one for each, the high-noise expert's first"))
-    path = Path(lora.start_from[index])
+    paths = [Path(name) for name in lora.start_from[index:]]
+    if missing := [Problem("there is no such file", f"{WHERE}: {path}") for path in paths if not path.is_file()]:
+        raise ModelError(missing)
+    path = paths[0]
     adapter, layers = read_adapter(path), dict(adapted_layers(transformer))
     other = ("low", "high")[index] if count == 2 else ""
     if other and adapter.metadata.get("longtake.expert") == other:
         what = f"{path.name} is of the {other}-noise expert"
         raise ConfigError(Problem(what, WHERE, "give the high-noise expert's first"))
+    of_another = other_model(adapter, path, spec) if spec is not None else ""
     shapes = {name: tuple(layer.get_base_layer().weight.shape) for name, layer in layers.items()}
     _check(adapter, layers, lora, path)
     check_shapes(adapter.state, shapes)
     for name in adapter.modules:
         _fill(name, layers[name], adapter, files)
-    return _told(adapter, layers, path)
+    return "; ".join(filter(None, (_told(adapter, layers, path), of_another)))
 
 
 def _check(adapter: Adapter, layers: Mapping[str, LoraLayer], lora: LoraConfig, path: Path) -> None:
@@ -59,15 +67,19 @@ def _check(adapter: Adapter, layers: Mapping[str, LoraLayer], lora: LoraConfig, 
         raise ConfigError(Problem(what, WHERE, "add them to lora.targets, or start from another file"))
     if adapter.is_dora and not lora.dora:
         raise ConfigError(Problem(f"{path.name} is a DoRA", WHERE, "set lora.dora = true"))
-    if problems := [*_too_high(adapter, layers)]:
+    if problems := [*_too_high(adapter, layers, lora)]:
         raise ConfigError(shortened(problems))
 
 
-def _too_high(adapter: Adapter, layers: Mapping[str, LoraLayer]) -> Iterator[Problem]:
+def _too_high(adapter: Adapter, layers: Mapping[str, LoraLayer], lora: LoraConfig) -> Iterator[Problem]:
+    own = {block for first, last, _ in lora.block_ranks for block in range(first, last + 1)}
+    whole = f"set lora.rank = {adapter.rank}"
     for name, rank in adapter.ranks.items():
         if rank > layers[name].r[NAME]:
             what = f"{name} has rank {rank} in the file and {layers[name].r[NAME]} in the config"
-            yield Problem(what, WHERE, f"set lora.rank = {adapter.rank}, or lower it: `longtake export --rank`")
+            block = int(name.split(".")[1])
+            remedy = f"give block {block} rank {rank} in lora.block_ranks" if block in own else whole
+            yield Problem(what, WHERE, f"{remedy}, or lower it: `longtake export --rank`")
 
 
 @torch.no_grad()
@@ -93,7 +105,9 @@ def _fill(name: str, layer: LoraLayer, adapter: Adapter, files: Mapping[str, Wei
 def _told(adapter: Adapter, layers: Mapping[str, LoraLayer], path: Path) -> str:
     fresh = len(layers) - len(adapter.modules)
     padded = sum(rank < layers[name].r[NAME] for name, rank in adapter.ranks.items())
-    parts = [f"starting from {path.name}: {len(adapter.modules)} layers of rank {adapter.rank}"]
+    ranks = sorted(set(adapter.ranks.values()))
+    held = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    parts = [f"starting from {path.name}: {len(adapter.modules)} layers of {held}"]
     parts += [f"{padded} of them padded to the config's rank"] if padded else []
     parts += [f"{fresh} that it lacks start fresh"] if fresh else []
     return ", ".join(parts)

@@ -43,8 +43,8 @@ def _unmatched(adaptable: Sequence[str], targets: Sequence[str]) -> Iterator[Pro
 def _beyond(blocks: int, lora: LoraConfig) -> Iterator[Problem]:
     for first, last, _ in lora.block_ranks:
         if last >= blocks:
-            what = f"there is no block {max(first, blocks)}, the model has {blocks}"
-            yield Problem(what, "lora.block_ranks", f"the last one is {blocks - 1}")
+            what = f"there is no block {max(first, blocks)}"
+            yield Problem(what, "lora.block_ranks", f"the model's are 0 to {blocks - 1}")
 
 
 def _matches(name: str, target: str) -> bool:

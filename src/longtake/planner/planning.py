@@ -287,7 +287,8 @@ def _notes(request: Request, prepared: Sequence[StagePeak]) -> tuple[str, ...]:
     found += sharing_notes(request.freedom.pinned_parallel, machine.gpus, machine.device.peer_bytes_per_second)
     if not machine.is_cpu:
         found.append("rates and the context's size are those of a table; nothing of it was measured on this device")
-    found.append(f"a step is {request.subject.training.global_batch_size} clips (training.global_batch_size)")
+    clips = request.subject.training.global_batch_size
+    found.append(f"a step is {clips} clip{'s' if clips > 1 else ''} (training.global_batch_size)")
     return tuple(found)
 
 

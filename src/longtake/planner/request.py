@@ -19,9 +19,8 @@ from longtake.errors import ConfigError, NothingFits, Problem
 from longtake.memory.accounting import free_for
 from longtake.memory.strategy import unfit
 from longtake.memory_gauge import expand_segments
-from longtake.models.wan.detection import decide
-from longtake.models.wan.variants import VARIANTS, WanVariant, variant
-from longtake.models.wan.weights import detect_given
+from longtake.models.wan.detection import variant_of
+from longtake.models.wan.variants import WanVariant
 from longtake.planner.candidates import Freedom
 from longtake.planner.hardware import DEVICES, Device, device, measure_cpu, recognise
 from longtake.planner.machine import Machine
@@ -64,7 +63,7 @@ def request_of(config: RunConfig, where: Where, clips: bool = True) -> tuple[Req
 
     With `clips` its buckets are those of the clips where these are here.
     """
-    found = _variant(config)
+    found = variant_of(config.model)
     if where.gpus < 1:
         raise ConfigError(Problem(f"{where.gpus} GPUs train nothing", "--gpus", "use 1 or more"))
     machine, notes = _machine(config, where, found)
@@ -183,14 +182,6 @@ def _pinned(parallel: ParallelConfig) -> dict[str, Any]:
     """The fields of [parallel] that are given, with their values."""
     given = {name: getattr(parallel, name) for name in sorted(parallel.model_fields_set)}
     return {name: value for name, value in given.items() if (name, value) != ("strategy", "auto")}
-
-
-def _variant(config: RunConfig) -> WanVariant:
-    model = config.model
-    if model.path:
-        return decide(detect_given(model), Path(model.path), model.name)
-    published = {row.hub_id.lower(): row for row in VARIANTS.values() if row.hub_id}
-    return published.get(model.name.lower()) or variant(model.name)
 
 
 def _machine(config: RunConfig, where: Where, found: WanVariant) -> tuple[Machine, list[str]]:

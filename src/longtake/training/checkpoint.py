@@ -8,7 +8,6 @@ with `transformer:` or `transformer_2:`.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,17 @@ from typing import Any
 
 from torch import Tensor
 
-from longtake import files
+from longtake import disk, files
 from longtake.distributed.backend import Held
 from longtake.distributed.pieces import Group
 from longtake.distributed.ranks import ALONE, Ranks
 from longtake.errors import Problem, RunError
 from longtake.training.tensor_files import TensorFiles, write_pieces
+from longtake.units import format_bytes
 
 FOLDER = "checkpoints"
+HEADER_BYTES = 100
+"""What a file says of a tensor beside its name and its values, at most but for enormous shapes."""
 
 
 @dataclass(frozen=True)
@@ -56,16 +58,39 @@ def save_checkpoint(
     """
     folder = checkpoint_path(run, step)
     staged = ranks.first(lambda: _begun(folder))
-    try:
-        described = ranks.together(lambda: _written(staged, step, held, state, ranks))
+    with files.removed_on_failure([staged] if ranks.is_first else []):
+        described = ranks.together(lambda: _written(staged, {"step": step, **state}, held, ranks))
         ranks.first(lambda: files.finish_folder(staged, folder, {k: v for each in described for k, v in each.items()}))
-    except RunError:
-        if ranks.is_first:
-            shutil.rmtree(staged, ignore_errors=True)
-        raise
-    if ranks.is_first:
-        _remove_old(run, keep)
+    ranks.first(lambda: _remove_old(run, keep))
     return folder
+
+
+def held_bytes(held: Held) -> int:
+    """About what this rank's files of a checkpoint take."""
+    saved = (piece for pieces in held.values() for piece in pieces if piece.saved)
+    return sum(piece.values.nbytes + len(piece.name) + HEADER_BYTES for piece in saved)
+
+
+def check_room(run: Path, held: Held, keep: int, say: Callable[[str], None], ranks: Ranks = ALONE) -> None:
+    """Says where the disk has no room for all the checkpoints that are to be there at a time; every rank calls it.
+
+    Raises RunError on all where it has none for the next.
+    """
+    (summed,) = ranks.summed(float(held_bytes(held)))
+    needed = int(summed)
+
+    def look() -> None:
+        with files.refusals(run):
+            free = files.free_bytes(run)
+        if free < needed:
+            what = f"a checkpoint takes {format_bytes(needed)} and {format_bytes(free)} are free there"
+            raise RunError(Problem(what, str(run), "make room, then continue with --resume"))
+        to_come = keep + 1 - len(_all(run))  # the new one is written before the oldest goes
+        if free < to_come * needed:
+            room = f"{to_come} checkpoints of {format_bytes(needed)} and {format_bytes(free)} are free"
+            say(f"{run}: the disk may become full: there are to be {room}; make room, or lower output.keep")
+
+    ranks.first(look)
 
 
 def load_newest(run: Path, say: Callable[[str], None]) -> Checkpoint | None:
@@ -77,7 +102,10 @@ def load_newest(run: Path, say: Callable[[str], None]) -> Checkpoint | None:
     for path in reversed(found):
         damage = files.damage(path)
         if damage is None:
-            return load_checkpoint(path)
+            checkpoint = load_checkpoint(path)
+            if path == checkpoint_path(run, checkpoint.step):
+                return checkpoint
+            damage = f"it is the one after step {checkpoint.step}"
         say(f"{path}: the checkpoint is damaged ({damage}); trying the one before")
     if found:
         raise RunError(Problem("all checkpoints are damaged", str(run / FOLDER), "start a new run"))
@@ -86,7 +114,7 @@ def load_newest(run: Path, say: Callable[[str], None]) -> Checkpoint | None:
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Reads one checkpoint that is known to be whole."""
-    state = json.loads((path / "state.json").read_text())
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     return Checkpoint(state.pop("step"), path, state)
 
 
@@ -97,21 +125,25 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 def _begun(folder: Path) -> Path:
     if folder.exists():  # one that was found damaged when the run was resumed before it
-        shutil.rmtree(folder)
+        files.discard_folder(folder)
     return files.begin_folder(folder)
 
 
-def _written(staged: Path, step: int, held: Held, state: Mapping[str, Any], ranks: Ranks) -> dict[str, dict[str, Any]]:
+def _written(staged: Path, state: Mapping[str, Any], held: Held, ranks: Ranks) -> dict[str, dict[str, Any]]:
     """What the manifest says of this rank's files, which are on the disk then."""
     own: list[Path] = []
-    with files.refusals(checkpoint_path(staged.parent.parent, step)):
+    where = checkpoint_path(staged.parent.parent, state["step"])
+    with files.refusals(where, held_bytes(held)), files.removed_on_failure(own):
         for group, pieces in held.items():
-            file = staged / (f"{group}.safetensors" if ranks.world == 1 else _shard(group, ranks))
-            if write_pieces(file, [piece for piece in pieces if piece.saved]):
-                own.append(file)
+            saved = [piece for piece in pieces if piece.saved]
+            if saved:
+                own.append(staged / (f"{group}.safetensors" if ranks.world == 1 else _shard(group, ranks)))
+                with disk.writing(own[-1]):
+                    write_pieces(own[-1], saved)
         if ranks.is_first:
             own.append(staged / "state.json")
-            own[-1].write_text(json.dumps({"step": step, **state}, indent=1))
+            with disk.writing(own[-1]):
+                own[-1].write_text(json.dumps(state, indent=1), encoding="utf-8")
         return files.described(own)
 
 
@@ -121,10 +153,7 @@ def _shard(group: Group, ranks: Ranks) -> str:
 
 def _remove_old(run: Path, keep: int) -> None:
     for old in _all(run)[:-keep]:
-        # renamed first, so that a kill while removing leaves nothing that looks like a checkpoint
-        gone = old.with_name(f"{old.name}{files.STAGED}removed")
-        old.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        files.discard_folder(old)
 
 
 def _all(run: Path) -> list[Path]:

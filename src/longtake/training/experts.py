@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import count as count_from
 from math import floor
 
 from longtake.config.schema import TrainingConfig
@@ -39,6 +40,20 @@ def expert_of_step(step: int, experts: Sequence[Expert], training: TrainingConfi
         return 0
     share = round(share_of(experts[0], training), 9)  # the last bits of a share are the machine's
     return 0 if floor((step + 1) * share) > floor(step * share) else 1
+
+
+def turns_in_words(experts: Sequence[Expert], training: TrainingConfig) -> str:
+    """How many of a run's steps each of two experts has; what to do where one has none."""
+    counts = [0] * len(experts)
+    for step in range(training.steps):
+        counts[expert_of_step(step, experts, training)] += 1
+    told = ", ".join(f"{count} of the {each.noise}-noise one" for each, count in zip(experts, counts, strict=True))
+    if all(counts):
+        return f"{training.steps} steps: {told}"
+    idle = counts.index(0)
+    needed = next(step + 1 for step in count_from(0) if expert_of_step(step, experts, training) == idle)
+    left = f"the {experts[idle].noise}-noise one stays as it is, and would have its first step in a run of {needed}"
+    return f"{training.steps} steps: {told}; {left}"
 
 
 @contextmanager

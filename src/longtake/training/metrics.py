@@ -2,14 +2,12 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from longtake import files
 from longtake.errors import ConfigError, Problem
+from longtake.training.events import Events
 
 FILE = "metrics.jsonl"
 
@@ -32,28 +30,28 @@ class Metrics:
             return
         self.wandb = _wandb(wandb_project, run, settings) if wandb_project else None
         files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.kept))
-        self.file = self.path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(run), purge_step=first_dropped)
+        self.file = files.Appended(self.path)
+        self.events = Events(run, first_dropped)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One line for `step`, null where a number is not finite; numbers go to TensorBoard and W&B too."""
+        """One line for `step`, null where a number is not finite; numbers go to TensorBoard and W&B too.
+
+        Raises RunError where the disk refuses it.
+        """
         if not self.writes:
             return
         values = {key: None if _not_finite(value) else value for key, value in values.items()}
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
+        self.file.write((json.dumps({"step": step, **values}) + "\n").encode())
         numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
-        for key, value in numbers.items():
-            self.board.add_scalar(key, value, step)
+        self.events.write(step, numbers)
         if self.wandb is not None:
             self.wandb.log(numbers, step=step)
 
     def flush(self) -> None:
-        """Has everything written so far on the disk, as a checkpoint that follows it will be."""
+        """Has every line written so far on the disk, as a checkpoint that follows it will be."""
         if not self.writes:
             return
-        os.fsync(self.file.fileno())
-        self.board.flush()
+        self.file.sync()
 
     def has_validation(self, step: int) -> bool:
         """Whether the lines kept from before hold a validation at `step`."""
@@ -64,7 +62,7 @@ class Metrics:
         if not self.writes:
             return
         self.file.close()
-        self.board.close()
+        self.events.close()
         if self.wandb is not None:
             self.wandb.finish()
 
@@ -74,7 +72,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             lines.append(json.loads(text))
         except ValueError:

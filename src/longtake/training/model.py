@@ -120,7 +120,8 @@ def build_model(
         transformer = load_transformer(model_files, component, dtype, device)
         transformer.requires_grad_(True)
     transformer.train()
-    if config.lora and (told := begin_from(transformer, config.lora, (index, len(experts)), files)) and ranks.is_first:
+    place = (index, len(experts))
+    if config.lora and (told := begin_from(transformer, config.lora, place, files, spec)) and ranks.is_first:
         _LOG.warning(told)
     shared_out(
         transformer,

@@ -55,6 +55,13 @@ def of_expert(path: Path, expert: Expert, experts: Sequence[Expert]) -> Path:
     return path if len(experts) == 1 else path.with_stem(f"{path.stem}-{expert.noise}-noise")
 
 
+def results_of(run: Path) -> list[Path]:
+    """The adapters that a finished run has left, or the transformers."""
+    adapters = [run / ADAPTER, *sorted(run.glob(f"{Path(ADAPTER).stem}-*-noise.safetensors"))]
+    folders = [run / "transformer", run / "transformer_2"]
+    return [path for path in adapters if path.is_file()] or [path for path in folders if path.is_dir()]
+
+
 def trained_folder(run: Path, expert: Expert, experts: Sequence[Expert]) -> Path:
     """Where full fine-tuning leaves a transformer: under its component's name where both are trained."""
     return run / ("transformer" if len(experts) == 1 else expert.component)

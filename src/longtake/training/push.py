@@ -1,5 +1,6 @@
 """A run on the Hugging Face Hub: its adapters, or its trained transformer, with a model card and the last samples."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from longtake.models.wan.variants import VARIANTS, WanVariant
 from longtake.training.card import FILE, Card, is_foreign, run_samples, write_card
 from longtake.training.model import find_model
 from longtake.training.results import read_run
+
+_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ def push(run: Path, to: Destination, say: Callable[[str], None]) -> str:
     Raises ConfigError where there is nothing to upload or no such repository can be, RunError where the hub refuses or
     cannot be reached.
     """
+    if not _NAME.fullmatch(to.repo):
+        raise ConfigError(_no_name(to))
     config = read_run(run)
     names = _results(run, config)
     variant = _variant(run, config, names[0], say)
@@ -92,7 +97,7 @@ def _in_words(error: Exception, to: Destination) -> LongtakeError | Exception:
 
     where = f"--repo {to.repo}"
     if isinstance(error, HFValidationError):
-        return ConfigError(Problem("this is no name of a repository", where, "write owner/name"))
+        return ConfigError(_no_name(to))
     if isinstance(error, OfflineModeIsEnabled):
         return RunError(Problem("the hub's library is offline", where, "unset HF_HUB_OFFLINE"))
     if isinstance(error, LocalTokenNotFoundError):
@@ -102,6 +107,10 @@ def _in_words(error: Exception, to: Destination) -> LongtakeError | Exception:
     if isinstance(error, (OSError, *HfHubHTTPError.__bases__)):
         return RunError(Problem(f"the hub cannot be reached ({_line(error)})", where, "check network and HF_ENDPOINT"))
     return error
+
+
+def _no_name(to: Destination) -> Problem:
+    return Problem("this is no name of a repository", f"--repo {to.repo}", "write owner/name")
 
 
 def _refusal(status: int, error: Exception, where: str) -> Problem:

@@ -1,7 +1,7 @@
 """What one does with a finished or running run: sample from it, take its adapter."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from longtake.data.video import read_image, write_clip
 from longtake.distributed.backend import local_device
 from longtake.errors import ConfigError, ModelError, Problem
 from longtake.lora import Adapter, attach_adapter, read_adapter, trained_adapter
+from longtake.lora.origin import other_model
 from longtake.models.spec import ModelSpec
 from longtake.models.wan import tiny
 from longtake.models.wan.weights import ModelFiles, load_transformer, locate
@@ -73,7 +74,7 @@ def run_adapter(run: Path, config: RunConfig, spec: ModelSpec, expert: Expert, r
 
 
 def sample_to_file(
-    run: Path | None, model: str, loras: Sequence[Path], wish: Wish, out: Path, reporter: Reporter
+    run: Path | None, model: ModelConfig | None, loras: Sequence[Path], wish: Wish, out: Path, reporter: Reporter
 ) -> None:
     """Samples from a run, or from a model with or without LoRA files, one for a transformer, and writes the mp4."""
     device = local_device()
@@ -83,14 +84,15 @@ def sample_to_file(
         request = _request(wish, config.data.size, config.data.num_frames, config.training.shift)
         precision = config.model.dtype
     else:
-        model_files = locate(_model_config(model), tiny.bundled, reporter.line)
+        assert model is not None
+        model_files = locate(model, tiny.bundled, reporter.line)
         variant = model_files.variant
         request = _request(wish, variant.size, variant.num_frames, variant.shift)
         precision = _default_precision(device)
     spec = model_files.variant.spec
     root = component_root(model_files.root, "model.components")
     check_request(request, spec)
-    adapters = adapters_of(loras, spec)
+    adapters = adapters_of(loras, spec, reporter.line)
     (encoded,) = encode_requests(root, spec, [request], device)  # before the transformer, which leaves encoders no room
     transformers = {}
     if run is not None:
@@ -151,19 +153,30 @@ def _request(wish: Wish, size: tuple[int, int], num_frames: int, shift: float) -
     )
 
 
-def _model_config(model: str) -> ModelConfig:
-    return ModelConfig(path=str(Path(model).resolve())) if Path(model).exists() else ModelConfig(name=model)
+def model_of(model: str, low_noise_model: str = "", components: str = "") -> ModelConfig:
+    """What `model`, a path, a variant's name or a hub id, stands for, with what it lacks itself."""
+    path = str(Path(model).resolve()) if Path(model).exists() else ""
+    name = "" if path else model
+    if low_noise_model and not path:
+        what = "it goes with the file of the high-noise transformer"
+        raise ConfigError(Problem(what, "--low-noise-model", "give that file as --model"))
+    return ModelConfig(name=name, path=path, low_noise_path=low_noise_model, components=components)
 
 
 def _default_precision(device: torch.device) -> Precision:
     return "bf16" if device.type == "cuda" else "fp32"
 
 
-def adapters_of(loras: Sequence[Path], spec: ModelSpec) -> dict[str, Adapter]:
-    """The LoRA for each transformer, by its component's name; raises ModelError where a file's cannot be told."""
+def adapters_of(loras: Sequence[Path], spec: ModelSpec, say: Callable[[str], None]) -> dict[str, Adapter]:
+    """The LoRA for each transformer, by its component's name; what names another model of the task is said.
+
+    Raises ModelError where a file's transformer cannot be told, or it names a model of another task.
+    """
     found: dict[str, Adapter] = {}
     for path in loras:
         adapter = read_adapter(path)
+        if of_another := other_model(adapter, path, spec):
+            say(of_another)
         component = _expert_of(adapter, path, spec)
         if component in found:
             raise ModelError(Problem(f"there is a LoRA for {component} already", str(path), "give one for each"))

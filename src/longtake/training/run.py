@@ -31,8 +31,8 @@ from longtake.models.wan.weights import ModelFiles
 from longtake.progress import Reporter
 from longtake.training.average import MovingAverage
 from longtake.training.budget import hold_to_budget
-from longtake.training.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, load_newest
-from longtake.training.experts import Trained
+from longtake.training.checkpoint import Checkpoint, check_room, checkpoint_path, load_checkpoint, load_newest
+from longtake.training.experts import Trained, held_of, turns_in_words
 from longtake.training.fallback import StrategyInForce, first_line, in_words, out_of_memory
 from longtake.training.interrupt import StopRequest, stop_request
 from longtake.training.metrics import Metrics
@@ -85,12 +85,12 @@ def train(
     ranks.each(lambda: check(config, ranks.world))
     ranks.each(lambda: require(config.parallel))
     resume = resume or goes_on(Path(config.output.run), ranks)
-    ranks.first(lambda: check_run(config, resume, lambda _text: None))  # before anything slow; said when it is opened
+    ranks.first(lambda: check_run(asked, resume, lambda _text: None))  # before anything slow; said when it is opened
     expand_segments(ranks.device)
     found = _find(config, reporter, ranks)
     with ExitStack() as held:
         stop = held.enter_context(stop_request())
-        run = ranks.first(lambda: held.enter_context(open_run(config, resume, reporter.line)))
+        run = ranks.first(lambda: held.enter_context(open_run(asked, resume, reporter.line)))
         check_shared(ranks, run)
         gauge = held.enter_context(closing(MemoryGauge(ranks.device)))
         ranks.each(lambda: hold_to_budget(config, gauge, ranks.device, reporter, planned))
@@ -144,6 +144,8 @@ def _go(begun: _Begun, found: _Found, resume: bool) -> None:
         say(f"memory: {in_words(config.memory)}")
         if ranks.world > 1:
             say(f"parallel: {_in_words(config, ranks)}")
+        if len(models) > 1:
+            say(f"experts: {turns_in_words([model.expert for model in models], config.training)}")
         if begun.planned is not None:
             say(f"planned: {begun.planned.described()}")
         forecast = Forecast(begun.planned, found.sampler, config.training.steps)
@@ -163,12 +165,16 @@ def _go(begun: _Begun, found: _Found, resume: bool) -> None:
 
 def _fit(trainer: Trainer, checkpoint: Checkpoint | None) -> int:
     """Trains from the checkpoint on; gives the step of the last one."""
+    parts, first_step = trainer.parts, checkpoint.step if checkpoint else 0
     if checkpoint is not None:
         trainer.restore(checkpoint)
-        trainer.parts.reporter.line(f"resumed after step {checkpoint.step}")
-    for trained in trainer.parts.trained:
+        parts.reporter.line(f"resumed after step {first_step}")
+    for trained in parts.trained:
         allocate_states(trained.backend.optimizer)
-    trainer.fit(checkpoint.step if checkpoint else 0)
+    if first_step < parts.config.training.steps:
+        with held_of(parts.trained) as held:
+            check_room(parts.run, held, parts.config.output.keep, parts.reporter.line, parts.ranks)
+    trainer.fit(first_step)
     assert trainer.saved_step is not None, "a run ends with a checkpoint"
     return trainer.saved_step
 

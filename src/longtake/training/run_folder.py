@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from longtake import files
+from longtake import disk, files
 from longtake.config.dump import to_toml
 from longtake.config.load import changed_keys, load_config
 from longtake.config.schema import RunConfig
@@ -53,7 +53,7 @@ def open_run(config: RunConfig, resume: bool, say: Callable[[str], None]) -> Ite
     check_run(config, resume, say)
     run = Path(config.output.run)
     try:
-        run.mkdir(parents=True, exist_ok=True)
+        disk.make(run)
     except OSError as error:
         what = f"the run folder cannot be made ({error.strerror})"
         raise ConfigError(Problem(what, str(run), "set another output.run")) from None

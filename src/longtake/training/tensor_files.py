@@ -20,10 +20,8 @@ SHAPES = "shapes"
 _PIECE = re.compile(r"(?P<name>.+)\[(?P<start>\d+):(?P<stop>\d+)\]")
 
 
-def write_pieces(path: Path, pieces: Sequence[Piece]) -> bool:
-    """Writes `pieces`, whole tensors by their name, others as `name[start:stop]`; no file, and False, where none is."""
-    if not pieces:
-        return False
+def write_pieces(path: Path, pieces: Sequence[Piece]) -> None:
+    """Writes `pieces`, whole tensors by their name, others as `name[start:stop]`."""
     tensors = {
         piece.name if piece.is_whole else f"{piece.name}[{piece.start}:{piece.stop}]": _shaped(piece)
         for piece in pieces
@@ -31,7 +29,6 @@ def write_pieces(path: Path, pieces: Sequence[Piece]) -> bool:
     shapes = {piece.name: piece.shape for piece in pieces if not piece.is_whole}
     # one key: the library writes several in any order
     save_file(tensors, path, {SHAPES: json.dumps(shapes)} if shapes else None)
-    return True
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from longtake.data.cache import Entry
 from longtake.data.loader import EntryReader, Visit
 from longtake.data.video import read_image, write_clip
 from longtake.distributed.ranks import ALONE, Ranks
+from longtake.errors import ConfigError
 from longtake.models.spec import ModelSpec
 from longtake.sampling import EncodedRequest, SampleRequest, check_request, encode_requests, sample_encoded
 from longtake.training.batch import Sample, collate, summed_loss
@@ -121,7 +122,7 @@ class Validation:
                 seed=index,
                 shift=self.config.training.shift,
             )
-            check_request(request, spec)
+            _check(request, spec, f"validation.samples[{index}]")
             requests.append(request)
         return requests
 
@@ -132,6 +133,15 @@ class Validation:
         sigma = sigma_at(low + (high - low) * (draw_index + 0.5) / SIGMAS, training)
         noise = torch.randn(tensors.latents.shape, generator=generator_for(f"validation:{entry.latents}:{draw_index}"))
         return Sample(Visit(entry, 0, 0), tensors, Draw(noise, sigma, drop_caption=False))
+
+
+def _check(request: SampleRequest, spec: ModelSpec, where: str) -> None:
+    """Raises ConfigError with what of a request the model cannot follow, in the config's words."""
+    try:
+        check_request(request, spec)
+    except ConfigError as error:
+        named = [replace(problem, where=f"{where}.{problem.where}") for problem in error.problems]
+        raise ConfigError(named) from None
 
 
 @contextmanager

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from checkpoints import original_shapes, write_pipeline, write_sparse, write_sparse_shards
+from longtake.config.schema import ModelConfig
 from longtake.errors import ModelError
-from longtake.models.wan.detection import detect, identify, inspect
+from longtake.models.wan.detection import detect, identify, inspect, variant_of
 from longtake.models.wan.variants import VARIANTS
 
 SAME = {
@@ -194,6 +195,19 @@ def test_a_near_miss_is_refused_with_its_reason_in_one_line(tmp_path: Path, chan
         "one block less": "num_layers 29",
     }
     assert told[change] in problem.what
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["wan2.1-t2v-1.3b", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "wan-ai/wan2.1-t2v-1.3b", "ms://Wan-AI/Wan2.1-T2V-1.3B"],
+)
+def test_the_variant_of_a_published_name_is_told_without_fetching_it(name: str) -> None:
+    assert variant_of(ModelConfig(name=name)).name == "wan2.1-t2v-1.3b"
+
+
+def test_a_hub_id_that_nobody_knows_cannot_be_told() -> None:
+    with pytest.raises(ModelError, match="there is no model called 'somebody/model'"):
+        variant_of(ModelConfig(name="somebody/model"))
 
 
 def test_a_model_that_is_no_wan_is_refused(tmp_path: Path) -> None:

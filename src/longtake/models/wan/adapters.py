@@ -3,21 +3,24 @@
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from math import prod
+from pathlib import Path
 from typing import Literal
 
-from longtake.errors import ModelError
-from longtake.models.wan.headers import TensorHeader
+from longtake.errors import ModelError, Problem
+from longtake.models.wan.headers import TensorHeader, read_metadata
 from longtake.models.wan.keys import to_diffusers, to_original
+from longtake.models.wan.peft_alphas import metadata_alphas
 from longtake.models.wan.variants import VARIANTS
 
 AdapterFormat = Literal["comfyui", "diffusers", "kohya"]
 
 _DOWN = re.compile(r"(.+?)\.(?:lora_A|lora_down)(?:\.default)?\.weight")
 _UP = re.compile(r"(.+?)\.(?:lora_B|lora_up)(?:\.default)?\.weight")
-_ALPHA = ".alpha"
+ALPHA = ".alpha"
+"""How the name of an alpha ends."""
 _LENGTHS = re.compile(r".+\.(?:dora_scale|lora_magnitude_vector(?:\.\w+){0,2})")
 _KOHYA = "lora_unet_"
 _PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer_2.", "transformer.")
@@ -29,7 +32,7 @@ class Adapter:
     """A LoRA file. `modules` are diffusers' names with (outputs, inputs) of the layers it changes.
 
     `unknown` are modules that no Wan transformer has; `bases` the variants that have every module in its size. `dora`
-    says whether some layer has trained lengths of its rows.
+    says whether some layer has trained lengths of its rows, `metadata` is what the file says of itself in words.
     """
 
     format: AdapterFormat
@@ -39,6 +42,7 @@ class Adapter:
     unknown: tuple[str, ...]
     bases: tuple[str, ...]
     dora: bool = False
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def is_adapter(tensors: Mapping[str, TensorHeader]) -> bool:
@@ -47,7 +51,10 @@ def is_adapter(tensors: Mapping[str, TensorHeader]) -> bool:
 
 
 def read_adapter(tensors: Mapping[str, TensorHeader]) -> Adapter:
-    """What the LoRA of these tensors is; reads the alphas' values from the file."""
+    """What the LoRA of these tensors is; reads the alphas' values from the file, which diffusers has in its metadata.
+
+    Raises ModelError where the metadata's cannot be read.
+    """
     downs = {match[1]: header for name, header in tensors.items() if (match := _DOWN.fullmatch(name))}
     ups = {match[1]: header for name, header in tensors.items() if (match := _UP.fullmatch(name))}
     names = sorted(downs.keys() & ups.keys())
@@ -60,12 +67,23 @@ def read_adapter(tensors: Mapping[str, TensorHeader]) -> Adapter:
             unknown.append(name)
         else:
             modules[module] = shape
-    alphas = {_scalar(header) for name, header in tensors.items() if name.endswith(_ALPHA) and prod(header.shape) == 1}
-    ranks = {downs[name].shape[0] for name in shapes}
+    alphas = {_scalar(header) for name, header in tensors.items() if name.endswith(ALPHA) and prod(header.shape) == 1}
+    ranks = {name: downs[name].shape[0] for name in shapes}
     bases = () if unknown else _bases(modules)
     form = _format(next(iter(sorted(downs.keys() | ups.keys()))))
     dora = any(_LENGTHS.fullmatch(name) for name in tensors)
-    return Adapter(form, tuple(sorted(ranks)), tuple(sorted(alphas)), modules, tuple(unknown), bases, dora)
+    path = next(iter(tensors.values())).file
+    metadata = read_metadata(path)
+    alphas = alphas or _told_alphas(metadata, {_module(name) or name: rank for name, rank in ranks.items()}, dora, path)
+    found = (tuple(sorted({*ranks.values()})), tuple(sorted(alphas)))
+    return Adapter(form, *found, modules, tuple(unknown), bases, dora, metadata)
+
+
+def _told_alphas(metadata: Mapping[str, str], ranks: Mapping[str, int], dora: bool, path: Path) -> set[float]:
+    try:
+        return {*metadata_alphas(metadata, ranks, dora).values()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ModelError(Problem(f"cannot read the LoRA's alpha: {error}", str(path))) from error
 
 
 def _is_pair(downs: Mapping[str, TensorHeader], ups: Mapping[str, TensorHeader], name: str) -> bool:

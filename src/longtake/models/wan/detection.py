@@ -7,11 +7,12 @@ from math import prod
 from pathlib import Path
 from typing import Literal
 
+from longtake.config.schema import ModelConfig
 from longtake.errors import ModelError, Problem
 from longtake.models.wan import signature
-from longtake.models.wan.adapters import AdapterFormat, is_adapter, read_adapter
+from longtake.models.wan.adapters import ALPHA, Adapter, AdapterFormat, is_adapter, read_adapter
 from longtake.models.wan.component_kinds import TOKENIZER, FoundComponent, find_component
-from longtake.models.wan.headers import TensorHeader, read_header, read_headers, tensor_files
+from longtake.models.wan.headers import TensorHeader, listed, read_header, read_headers, tensor_files
 from longtake.models.wan.scales import is_scale, with_scales
 from longtake.models.wan.variants import VARIANTS, WanVariant, variant
 
@@ -22,10 +23,12 @@ __all__ = [
     "decide",
     "detect",
     "detect_experts",
+    "detect_given",
     "identify",
     "inspect",
     "read_header",
     "tensors_of",
+    "variant_of",
 ]
 
 Layout = Literal["diffusers", "original", "comfyui"]
@@ -73,13 +76,34 @@ def detect(path: Path) -> Checkpoint:
     folders = {component: path / folder for component, folder in EXPERT_FOLDERS.items()}
     if experts := {component: folder for component, folder in folders.items() if folder.is_dir()}:
         return _narrowed(path, experts, two=True)
-    files = tensor_files(path)
+    files = _weight_files(path)
     return _detect_tensors(path, files, read_headers(files))
 
 
 def detect_experts(high: Path, low: Path) -> Checkpoint:
     """What two files or folders are, the high-noise and the low-noise transformer of one model; raises as `detect`."""
     return _narrowed(high, dict(zip(EXPERT_FOLDERS, (high, low), strict=True)), two=True)
+
+
+def detect_given(model: ModelConfig) -> Checkpoint:
+    """What lies at `model.path`, and at `model.low_noise_path` if it is given; raises ModelError as `detect` does."""
+    paths = {"path": model.path, "low_noise_path": model.low_noise_path}
+    found = {key: Path(text).expanduser() for key, text in paths.items() if text}
+    if lacking := [Problem(f"there is no {path}", f"model.{key}") for key, path in found.items() if not path.exists()]:
+        raise ModelError(lacking)
+    return detect_experts(*found.values()) if len(found) == 2 else detect(found["path"])
+
+
+def variant_of(model: ModelConfig) -> WanVariant:
+    """The variant that a config names or gives the path of; nothing is fetched.
+
+    Raises ModelError where it cannot be told from that alone.
+    """
+    if model.path:
+        return decide(detect_given(model), Path(model.path).expanduser(), model.name)
+    ids = {row.hub_id.lower(): row for row in VARIANTS.values() if row.hub_id}
+    ids |= {hub_id.removesuffix("-diffusers"): row for hub_id, row in ids.items()}  # the authors' own releases
+    return ids.get(model.name.lower().removeprefix("ms://")) or variant(model.name)
 
 
 def identify(path: Path, wanted_variant: str = "") -> WanVariant:
@@ -125,14 +149,48 @@ def inspect(path: Path) -> dict[str, object]:
     if found.kind != "lora":
         return facts
     adapter = read_adapter(read_headers(found.files))
-    return facts | {
-        "format": adapter.format,
-        "dora": adapter.dora,
-        "ranks": list(adapter.ranks),
-        "alphas": list(adapter.alphas),
-        "targets": len(adapter.modules),
-        "unknown_targets": list(adapter.unknown),
-    }
+    return (
+        facts
+        | _told(adapter, found.candidates)
+        | {
+            "format": adapter.format,
+            "dora": adapter.dora,
+            "ranks": list(adapter.ranks),
+            "alphas": list(adapter.alphas),
+            "targets": len(adapter.modules),
+            "unknown_targets": list(adapter.unknown),
+        }
+    )
+
+
+def _told(adapter: Adapter, candidates: Sequence[str]) -> dict[str, object]:
+    """What a LoRA's file says of itself, and what follows from that: of the models that it fits, the one it names."""
+    kept = [(key, adapter.metadata.get(f"longtake.{key}")) for key in ("model", "expert", "steps", "num_frames")]
+    told: dict[str, object] = {key: int(text) if text.isdecimal() else text for key, text in kept if text}
+    name = told.get("model")
+    if name not in candidates:
+        return told
+    others = [other for other in candidates if other != name]
+    return {"variant": name, "candidates": [name, *others], "task": VARIANTS[str(name)].spec.task} | told
+
+
+def _weight_files(path: Path) -> tuple[Path, ...]:
+    """`tensor_files`; a folder of nothing but several LoRA files is refused as such."""
+    try:
+        return tensor_files(path)
+    except ModelError as error:
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+        if len(files) < 2 or not all(map(_is_adapter_file, files)):
+            raise
+        what = f"holds {len(files)} LoRA files: {listed([file.name for file in files])}"
+        raise ModelError(Problem(what, str(path), f"inspect one of them: {files[0]}")) from error
+
+
+def _is_adapter_file(path: Path) -> bool:
+    try:
+        return is_adapter(read_header(path))
+    except ModelError:
+        return False  # it is no model either: the error about the folder stands
 
 
 def tensors_of(checkpoint: Checkpoint) -> dict[str, TensorHeader]:
@@ -193,7 +251,8 @@ def _detect_tensors(path: Path, files: tuple[Path, ...], tensors: dict[str, Tens
         raise ModelError(Problem("holds no tensors", str(path), "download it again"))
     if is_adapter(tensors):
         adapter = read_adapter(tensors)
-        return _checkpoint(_LAYOUT_OF[adapter.format], "lora", adapter.bases, tensors, files)
+        trained = {name: tensor for name, tensor in tensors.items() if not name.endswith(ALPHA)}
+        return _checkpoint(_LAYOUT_OF[adapter.format], "lora", adapter.bases, trained, files)
     if (component := find_component(tensors)) is not None:
         return _component(component, path, files, tensors)
     prefixes = (prefix for prefix in signature.PREFIXES if any(name.startswith(prefix) for name in tensors))

@@ -80,6 +80,15 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     return tensors
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file that `read_header` accepts says of itself in words; a pickle says nothing."""
+    with path.open("rb") as file:
+        first = file.read(_LENGTH_BYTES)
+        header = b"{}" if first.startswith(_ZIP) else file.read(int.from_bytes(first, "little"))
+    told = json.loads(header).get("__metadata__")
+    return {key: value for key, value in told.items() if isinstance(value, str)} if isinstance(told, dict) else {}
+
+
 def read_headers(files: Sequence[Path]) -> dict[str, TensorHeader]:
     """Tensors of all `files` by name; raises ModelError with every damaged file and every name found twice."""
     tensors: dict[str, TensorHeader] = {}
@@ -128,7 +137,9 @@ def _files_of_folder(folder: Path) -> tuple[Path, ...]:
         match = _SHARD.fullmatch(file.name)
         models.setdefault(match[1] if match else file.stem, file)
     if not models:
-        raise _refused(folder, "there is no safetensors file in this folder", "give the path of the weights")
+        inner = sorted({file.parent.name for file in folder.glob("*/*.safetensors")})
+        remedy = f"give the path of one with some: {listed(inner, 3)}" if inner else "give the path of the weights"
+        raise _refused(folder, "there is no safetensors file in this folder", remedy)
     usual = [models[name] for name in _USUAL if name in models]
     if len(models) > 1 and not usual:
         raise _refused(folder, f"holds {len(models)} models: {', '.join(models)}", "give the path of one file")

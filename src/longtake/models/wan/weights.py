@@ -1,7 +1,6 @@
 """The transformer's weights: where they lie, streamed from safetensors onto their final dtype and device, and saved."""
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,11 +14,11 @@ from torch import Tensor
 
 from longtake.config.schema import ModelConfig
 from longtake.errors import ModelError, Problem
-from longtake.files import STAGED, write_file, write_folder
+from longtake.files import replace_folder, write_file
 from longtake.models.hub import MODELSCOPE, fetch
 from longtake.models.tensor_writing import lazy, write_tensors
 from longtake.models.wan.component_files import holds_components, surrounding_components
-from longtake.models.wan.detection import EXPERT_FOLDERS, Checkpoint, decide, detect, detect_experts, tensors_of
+from longtake.models.wan.detection import EXPERT_FOLDERS, Checkpoint, decide, detect, detect_given, tensors_of
 from longtake.models.wan.keys import to_original
 from longtake.models.wan.signature import differences
 from longtake.models.wan.variants import KEEP_FP32, VARIANTS, WanVariant, variant
@@ -60,15 +59,6 @@ def locate(model: ModelConfig, bundled: Callable[[str], Path], report: Callable[
     transformers = found.experts or {_expert(model.expert, chosen, path): path}
     root = _components(model.components, bundled, report) or surrounding_components(path)
     return ModelFiles(chosen, transformers, root)
-
-
-def detect_given(model: ModelConfig) -> Checkpoint:
-    """What lies at `model.path`, and at `model.low_noise_path` if it is given; raises ModelError as `detect` does."""
-    paths = {"path": model.path, "low_noise_path": model.low_noise_path}
-    found = {key: Path(text).expanduser() for key, text in paths.items() if text}
-    if lacking := [Problem(f"there is no {path}", f"model.{key}") for key, path in found.items() if not path.exists()]:
-        raise ModelError(lacking)
-    return detect_experts(*found.values()) if len(found) == 2 else detect(found["path"])
 
 
 @dataclass(frozen=True)
@@ -151,20 +141,9 @@ def save_transformer(
         return
     sizes: dict[str, Any] = {} if max_shard_bytes is None else {"max_shard_size": max_shard_bytes}
     save = partial(transformer.save_pretrained, **sizes)
-    if not folder_or_file.exists():
-        write_folder(folder_or_file, save)
-        return
-    if not (folder_or_file / "config.json").is_file():
+    if folder_or_file.exists() and not (folder_or_file / "config.json").is_file():
         raise ModelError(Problem("is there already and is no transformer", str(folder_or_file), "give another place"))
-    latest, previous = (
-        folder_or_file.with_name(f"{folder_or_file.name}{STAGED}{age}") for age in ("latest", "previous")
-    )
-    for leftover in (latest, previous):
-        shutil.rmtree(leftover, ignore_errors=True)
-    write_folder(latest, save)
-    folder_or_file.rename(previous)
-    latest.rename(folder_or_file)
-    shutil.rmtree(previous, ignore_errors=True)
+    replace_folder(folder_or_file, save)
 
 
 def _named(model: ModelConfig, bundled: Callable[[str], Path], report: Callable[[str], None]) -> tuple[Path, str]:
