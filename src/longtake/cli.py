@@ -40,7 +40,7 @@ def main() -> None:
         _leave([Problem(error.strerror or str(error), str(error.filename or ""))], LongtakeError.exit_status)
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
-    except Exception:
+    except Exception:  # the last frame of a rank: others would wait for it; one process raises it again
         if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
         # at once: other ranks wait for this one, and what is torch's might wait for them at the end of the process

@@ -10,6 +10,7 @@ from longtake.config.load import load_config
 from longtake.config.schema import RunConfig
 from longtake.data import split
 from longtake.data.encode import prepare
+from longtake.data.sniff import content_hash
 from longtake.doctor.clips import Examination, Finding, examine
 from longtake.doctor.document import reason_of
 from longtake.errors import DataError
@@ -83,12 +84,16 @@ def test_a_clip_too_short_is_shown_and_not_counted_toward_the_limit(config: RunC
 
 def test_hashes_are_where_prepare_finds_them(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     examined(config)
+    read: list[Path] = []
 
-    def refuse(path: Path) -> str:
-        raise AssertionError(f"{path} is read again")
+    def again(path: Path) -> str:
+        read.append(path)
+        return content_hash(path)
 
-    monkeypatch.setattr("longtake.data.hashes.content_hash", refuse)
-    prepare(config, SPEC, Path(config.model.path), torch.device("cpu"), Recorder(), (0, 1))
+    monkeypatch.setattr("longtake.data.hashes.content_hash", again)
+    manifest = prepare(config, SPEC, Path(config.model.path), torch.device("cpu"), Recorder(), (0, 1))
+    assert manifest.entries
+    assert read == []
 
 
 @pytest.mark.parametrize(("bad", "stops"), [(1, False), (2, True)])

@@ -4,7 +4,6 @@ import base64
 import io
 import re
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -23,35 +22,8 @@ from longtake.doctor.sheet import evenly, write_sheet
 from longtake.errors import RunError
 from longtake.models.wan.variants import variant
 from longtake.planner.words import plain
+from pages import Page
 from runs import Recorder, Scene, scene, with_a_clip_that_breaks_off
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, the visible text, and whether every tag is closed in order."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.open: list[str] = []
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] != "style":
-            self.text += data
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def placed(config: RunConfig) -> list[Placed]:

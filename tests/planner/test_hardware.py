@@ -33,7 +33,8 @@ def test_every_rate_is_above_zero_and_every_fraction_at_most_one(name: str) -> N
     ("name", "gigabytes"),
     [
         *(("h200", 141), ("h100-sxm", 80), ("h100-pcie", 80), ("a100-40gb", 40), ("a100-80gb", 80), ("l40s", 48)),
-        *(("rtx-3090", 24), ("rtx-4080", 16), ("rtx-4090", 24), ("rtx-5090", 32), ("rtx-a6000", 48), ("rtx-pro-6000", 96)),
+        *(("rtx-3090", 24), ("rtx-4080", 16), ("rtx-4090", 24), ("rtx-5090", 32)),
+        *(("rtx-a6000", 48), ("rtx-pro-6000", 96)),
     ],
 )
 def test_a_card_has_a_little_less_memory_than_its_name_says(name: str, gigabytes: int) -> None:

@@ -150,7 +150,7 @@ def test_hidden_files_that_systems_leave_are_no_damage(tmp_path: Path, whole: Ca
 def test_a_manifest_that_says_nothing_is_named(tmp_path: Path, whole: Callable[[int], Path], content: str) -> None:
     run = shutil.copytree(whole(1), tmp_path / "run")
     (checkpoint_path(run, 2) / files.MANIFEST).write_text(content)
-    found_instead(run)
+    assert "the checkpoint is damaged" in found_instead(run)
 
 
 @pytest.mark.parametrize("bit", [0, 5])  # the second makes capitals of letters

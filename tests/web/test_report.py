@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from longtake.errors import InputError, RunError
 from longtake.web.chart import MOST_POINTS, Series, line_chart
 from longtake.web.report import render_report, write_report
 from longtake.web.run_folder import points, read_run
+from pages import Page
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\" </style>"
 SETTINGS = """[model]
@@ -24,38 +24,6 @@ size = [112, 64]
 [training]
 steps = 20
 """
-VOID = {"meta", "link", "img", "br", "input"}
-
-
-class Page(HTMLParser):
-    """The tags of a page with their attributes, its visible text, and whether every tag is closed in order."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.open: list[str] = []
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] != "style":
-            self.text += data
-
-    def count(self, tag: str) -> int:
-        return sum(name == tag for name, _ in self.tags)
 
 
 def step_line(step: int, **changes: object) -> dict[str, object]:
