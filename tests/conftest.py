@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +39,17 @@ def _seeded() -> None:
     """Each test starts from the same random state, whichever tests ran before it."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_process_group() -> Iterator[None]:
+    """A group that a test leaves would be met by another test of the same worker."""
+    yield
+    if "torch" in sys.modules:
+        group = sys.modules["torch"].distributed
+        if group.is_available() and group.is_initialized():
+            group.destroy_process_group()
+            pytest.fail("the test left a process group behind")
 
 
 @pytest.fixture(scope="session")

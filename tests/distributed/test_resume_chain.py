@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from launched import launched
 from longtake.config.dump import to_toml
 from longtake.config.schema import RunConfig
+from longtake.distributed.ranks import joined
 from longtake.errors import RunError
 from longtake.progress import Reporter
 from longtake.training.checkpoint import checkpoint_path
@@ -64,7 +65,7 @@ def test_zero_3_on_two_ranks_then_one_process_then_fsdp2_on_four(
 
 def _stopped(folder: Path, method: str, step: int) -> str:
     run = folder / "chain" / method / "run"
-    return f"{run}: stopped by SIGTERM after step {step}, which is saved; continue with --resume"
+    return f"{run}: stopped by SIGTERM after step {step}, which is saved; continue with --resume [run-stopped]"
 
 
 def assert_alike(chain: Path, whole: Path) -> None:
@@ -110,6 +111,8 @@ def test_a_run_goes_on_under_another_engine_only_where_nothing_else_has_changed(
     with pytest.raises(RunError, match="after step 1"):
         train(config, False, Stopper(1))
     said = Recorder()
-    train(config.model_copy(update={"parallel": config.parallel.model_copy(update={"strategy": "fsdp2"})}), True, said)
+    other = config.model_copy(update={"parallel": config.parallel.model_copy(update={"strategy": "fsdp2"})})
+    with joined() as ranks:
+        train(other, True, said, ranks=ranks)
     assert said.having("resumed with another parallel.strategy: 'fsdp2' instead of 'auto'")
     assert said.having("resumed after step 1")
