@@ -27,9 +27,10 @@ from longtake.memory.flattened import inner_tensors
 from longtake.memory.quantization import QuantizedWeight, dequantized, quantize
 from longtake.models.wan.conditioning import dit_inputs
 from longtake.progress import Reporter
-from longtake.training.batch import Sample, collate
+from longtake.training.batch import collate
 from longtake.training.flow_matching import Draw, add_noise, generator_for
 from longtake.training.model import TrainedModel, build_model, find_model
+from longtake.training.samples import Sample
 from longtake.training.validation import Validation
 
 CPU = torch.device("cpu")

@@ -30,7 +30,7 @@ def main() -> None:
         sys.exit("the film is needed")
     vae = encoders.load_vae(tiny.bundled("tiny-i2v"), CPU)
     for size in SIZES:
-        clips = [read_clip(path, Window(start, 81, 16.0), size) for start in UNSEEN_STARTS]
+        clips = [read_clip(path.resolve(), Window(start, 81, 16.0), size) for start in UNSEEN_STARTS]
         found = [frame_psnr(reconstruct(vae, clip), clip) for clip in clips]
         print(
             f"VAE at {size[0]}x{size[1]}, 81 frames: {sum(found) / len(found):.2f} dB "

@@ -49,7 +49,8 @@ def write_shots(film: Path, folder: Path) -> tuple[Path, Path]:
         for mirrored in (False,) if unseen else (False, True):
             path = folder / f"{shot['start']}{'-mirrored' if mirrored else ''}.mp4"
             if not path.exists():
-                frames = read_clip(film, Window(shot["start"], length, 16.0), STORED) if frames is None else frames
+                window = Window(shot["start"], length, 16.0)
+                frames = read_clip(film.resolve(), window, STORED) if frames is None else frames
                 write_clip(frames.flip(-1) if mirrored else frames, path, 16)
             for first in range(0, length - FRAMES + 1, 64 if unseen else STRIDE):
                 row = {"video": path.name, "start": first / 16, "frames": FRAMES, "fps": 16}

@@ -48,7 +48,7 @@ def spans(unseen: bool) -> list[tuple[float, float]]:
 def decode(film: Path, span: tuple[float, float], view: tuple[int, int]) -> torch.Tensor:
     """Frames of [start, end) at 16 fps, scaled as every clip is: uint8 [frames, 3, height, width]."""
     start, end = span
-    return read_clip(film, Window(start, int((end - start) * FPS), float(FPS)), (view[1], view[0]))
+    return read_clip(film.resolve(), Window(start, int((end - start) * FPS), float(FPS)), (view[1], view[0]))
 
 
 class Clips:

@@ -210,7 +210,9 @@ def test_without_a_command_the_help_is_shown() -> None:
 def test_a_command_that_does_not_exist_names_the_nearest() -> None:
     outcome = run("trian")
     assert outcome.status == 2
-    assert outcome.errors == ["longtake: No such command 'trian'. Did you mean 'train'?; see `longtake --help`"]
+    assert outcome.errors == [
+        "longtake: No such command 'trian'. Did you mean 'train'?; see `longtake --help` [command-wrong]"
+    ]
 
 
 def test_inspect_prints_a_table_and_json(tiny_root: Callable[[str], Path]) -> None:

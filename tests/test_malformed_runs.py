@@ -91,9 +91,8 @@ def test_a_cache_that_lacks_an_entry_or_was_tampered_with(done: Done) -> None:
     (entry,) = (done.folder / "cache" / "latents").iterdir()
     tensors = load_file(entry)
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, entry)
-    assert not wrong(
-        run("train", done.config()), f"{entry.name}: the entry has changed since it was written; delete it and run"
-    )
+    line = f"{entry.name}: the entry has changed since it was written, of clip data/a.mp4; delete it and run"
+    assert not wrong(run("train", done.config()), line)
     entry.write_bytes(b"")
     shutil.rmtree(done.run, ignore_errors=True)
     assert not wrong(run("train", done.config()), f"{entry.name}: the entry cannot be read")

@@ -1,6 +1,9 @@
 """Progress in a pipe and on a terminal: plain lines, a rate, the time that is left, and no text changed."""
 
+import contextlib
 import io
+import os
+import sys
 from contextlib import redirect_stderr
 from itertools import pairwise
 
@@ -24,6 +27,40 @@ class Clock:
     def monotonic(self) -> float:
         self.now += self.step
         return self.now
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="there are no terminals of this kind")
+def test_a_terminal_that_was_closed_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = os.openpty()
+    with os.fdopen(theirs, "w", buffering=1) as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        reporter = Reporter()
+        assert reporter.console.is_terminal
+        with reporter.bar("training", 3, "steps") as advance:
+            advance(1, "before")
+            os.close(ours)
+            with pytest.raises(OSError, match="Input/output error"):
+                os.write(theirs, b"x")
+            advance(2, "after")
+            reporter.line("a line")
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):  # what is left in the stream's buffer
+            terminal.close()
+
+
+def test_a_pipe_that_nobody_reads_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w", buffering=1) as pipe:
+        monkeypatch.setattr(sys, "stderr", pipe)
+        reporter = Reporter()
+        os.close(reading)
+        reporter.line("a line")
+        with reporter.bar("training", 1, "steps") as advance:
+            advance(1, "after")
+        monkeypatch.undo()
+        assert not reporter.console.quiet
+        with contextlib.suppress(OSError):
+            pipe.close()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 
-from longtake import cli_doctor, cli_export
+from longtake import cli_doctor, cli_explain, cli_export, cli_sample
 from longtake import cli_options as options
 from longtake.errors import ConfigError, LongtakeError, Problem
 
@@ -37,7 +37,10 @@ def main() -> None:
     except UsageError as error:
         _leave([_usage_problem(error)], ConfigError.exit_status, agreed=True)
     except OSError as error:
-        _leave([Problem(error.strerror or str(error), str(error.filename or ""))], LongtakeError.exit_status)
+        _leave(
+            [Problem(error.strerror or str(error), str(error.filename or ""), code="system-refused")],
+            LongtakeError.exit_status,
+        )
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
     except Exception:  # the last frame of a rank: others would wait for it; one process raises it again
@@ -45,9 +48,9 @@ def main() -> None:
             raise
         # at once: other ranks wait for this one, and what is torch's might wait for them at the end of the process
         traceback.print_exc()
-        _leave([Problem("ended by the error above")], LongtakeError.exit_status)
+        _leave([Problem("ended by the error above", code="rank-crashed")], LongtakeError.exit_status)
     if status == INTERRUPTED:
-        _leave([Problem("interrupted")], LongtakeError.exit_status)
+        _leave([Problem("interrupted", code="command-interrupted")], LongtakeError.exit_status)
     _leave_status(status or 0)
     sys.exit(status)
 
@@ -201,50 +204,9 @@ def train(
         raise typer.Exit(status)
 
 
-@app.command()
-def sample(
-    prompt: Annotated[str, typer.Option(help="What to show.")],
-    out: Annotated[Path, typer.Option(help="The mp4 to write.")],
-    run: Annotated[Optional[Path], typer.Option(help="A run's folder: its model with its adapter.")] = None,  # noqa: UP045
-    model: Annotated[str, typer.Option(help="Variant name, path or hub id.")] = "",
-    low_noise_model: Annotated[
-        str, typer.Option("--low-noise-model", help="Of an A14B model in two files, the low-noise one.")
-    ] = "",
-    components: Annotated[
-        str, typer.Option(help="Folder or hub id of VAE and encoders where the model has none.")
-    ] = "",
-    loras: Annotated[
-        Optional[list[Path]],  # noqa: UP045
-        typer.Option("--lora", help="A LoRA file in any format; of a model of two transformers, one for each."),
-    ] = None,
-    image: Annotated[Optional[Path], typer.Option(help="First frame.")] = None,  # noqa: UP045
-    last_image: Annotated[Optional[Path], typer.Option("--last-image", help="Last frame.")] = None,  # noqa: UP045
-    num_frames: Annotated[Optional[int], typer.Option("--num-frames", "--num_frames")] = None,  # noqa: UP045
-    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT.")] = "",
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 30,
-    guidance_scale: Annotated[float, typer.Option("--guidance-scale")] = 5.0,
-    seed: Annotated[int, typer.Option()] = 0,
-    negative_prompt: Annotated[str, typer.Option("--negative-prompt")] = "",
-) -> None:
-    """Make a video with a run's adapter, or with a model and a LoRA file."""
-    if (run is None) == (not model):
-        raise ConfigError(Problem("give either --run or --model", "longtake sample", "not both, not neither"))
-    if run is not None and loras:
-        raise ConfigError(Problem("a run has its own adapter", "--lora", "use --model with --lora"))
-    if out.suffix.lower() != ".mp4":
-        what = f"a video is written as mp4, not as {out.suffix or 'a file without an ending'}"
-        raise ConfigError(Problem(what, "--out", "name it .mp4"))
-    _quiet_libraries()
-    from longtake.progress import Reporter
-    from longtake.training.results import Wish, model_of, sample_to_file
-
-    wish = Wish(prompt, negative_prompt, image, last_image, num_frames, size, steps, guidance_scale, seed)
-    given = model_of(model, low_noise_model, components) if run is None else None
-    sample_to_file(run, given, loras or [], wish, out, Reporter())
-    print(out)
-
-
+cli_sample.register(app)
 cli_export.register(app)
+cli_explain.register(app)
 
 
 @app.command()
@@ -297,4 +259,4 @@ def _usage_problem(error: Any) -> Problem:
     """A wrong command line in one line; `error` is of `UsageError`."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "longtake"
-    return Problem(error.format_message().rstrip("."), command, f"see `{command} --help`")
+    return Problem(error.format_message().rstrip("."), command, f"see `{command} --help`", code="command-wrong")

@@ -30,7 +30,14 @@ def export(
 ) -> None:
     """Write a run's adapter for other tools, or full weights with it merged in, and a model card beside it."""
     if form not in ("comfyui", "diffusers", "kohya"):
-        raise ConfigError(Problem(f"there is no format {form!r}", "--format", "use comfyui, diffusers or kohya"))
+        raise ConfigError(
+            Problem(
+                f"there is no format {form!r}",
+                "--format",
+                "use comfyui, diffusers or kohya",
+                code="export-format-unknown",
+            )
+        )
     from longtake.units import parse_bytes
 
     shard = parse_bytes(max_shard_size, "--max-shard-size") if max_shard_size else None

@@ -52,7 +52,9 @@ def train(asked: Asked, say: Callable[[str], None]) -> int:
     started = "WORLD_SIZE" in os.environ
     if started and asked.gpus is not None:
         what = f"torchrun has started {os.environ['WORLD_SIZE']} ranks already"
-        raise ConfigError(Problem(what, "--gpus", "leave it out, or start longtake by itself"))
+        raise ConfigError(
+            Problem(what, "--gpus", "leave it out, or start longtake by itself", code="ranks-started-twice")
+        )
     if asked.gpus is not None and asked.gpus != 1:
         return _launched(asked, asked.gpus)
     from longtake.distributed.launch import die_with_parent

@@ -1,20 +1,25 @@
 """The exceptions that Longtake raises on purpose, and the exit status that each one means."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong, where it is, and what to do about it; prints as one line."""
+    """One thing that is wrong, where it is, and what to do about it; prints as one line.
+
+    `code` names the kind of problem, and never changes: `longtake explain CODE` says more, from `explanations/`.
+    """
 
     what: str
     where: str = ""
     remedy: str = ""
+    code: str = field(default="", kw_only=True)
 
     def __str__(self) -> str:
         line = f"{self.where}: {self.what}" if self.where else self.what
         line = f"{line}; {self.remedy}" if self.remedy else line
+        line = f"{line} [{self.code}]" if self.code else line
         return " ".join(line.split())
 
 

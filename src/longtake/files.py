@@ -225,10 +225,16 @@ def _write_text(path: Path, text: str) -> None:
 def _refused(path: Path, error: OSError | SafetensorError, needed_bytes: int) -> RunError:
     blocking = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
     if blocking is not None:
-        return RunError(Problem(f"cannot write: {blocking} is no folder", str(path), "give another place"))
+        return RunError(
+            Problem(
+                f"cannot write: {blocking} is no folder", str(path), "give another place", code="disk-place-blocked"
+            )
+        )
     number = _number(error)
     reason = os.strerror(number) if number is not None else error
-    return RunError(Problem(f"cannot write: {reason}", str(path), _remedy(path, number, needed_bytes)))
+    return RunError(
+        Problem(f"cannot write: {reason}", str(path), _remedy(path, number, needed_bytes), code=_code(number))
+    )
 
 
 def _number(error: OSError | SafetensorError) -> int | None:
@@ -237,6 +243,12 @@ def _number(error: OSError | SafetensorError) -> int | None:
         return error.errno
     found = re.search(r"os error (\d+)", str(error))
     return int(found[1]) if found else None
+
+
+def _code(number: int | None) -> str:
+    if number in _NOT_ALLOWED:
+        return "disk-not-writable"
+    return "disk-full" if number in _NO_ROOM else "disk-write-failed"
 
 
 def _remedy(path: Path, number: int | None, needed_bytes: int) -> str:

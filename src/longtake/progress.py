@@ -3,7 +3,8 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -24,7 +25,8 @@ class Reporter:
     """Says what goes on, on stderr, so that stdout stays for results."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.console = Console(file=sys.stderr, quiet=quiet, highlight=False, emoji=False, soft_wrap=True)
+        output = cast("IO[str]", _Output(sys.stderr))
+        self.console = Console(file=output, quiet=quiet, highlight=False, emoji=False, soft_wrap=True)
 
     def line(self, text: str) -> None:
         """One line."""
@@ -65,6 +67,30 @@ class Reporter:
             self.line(f"{title}  {pace.at(count)}  {text}".rstrip())
 
         return advance
+
+
+class _Output:
+    """A stream that may go away: a terminal that was closed, a pipe that nobody reads. What is said then is lost.
+
+    A run that a hang-up asks to save itself would else end at its next line.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """All of it, or nothing."""
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """As a stream's."""
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 class Pace:

@@ -97,14 +97,10 @@ def encode_requests(
     with _random_state_of(device), torch.no_grad():
         embeds = _prompt_embeds(root, spec, requests, device)
         images = _image_inputs(root, spec, requests, device)
+    negatives = [embeds[each.negative_prompt] if each.guidance_scale > 1 else None for each in requests]
     return [
-        EncodedRequest(
-            request,
-            embeds[request.prompt],
-            embeds[request.negative_prompt] if request.guidance_scale > 1 else None,
-            inputs,
-        )
-        for request, inputs in zip(requests, images, strict=True)
+        EncodedRequest(request, embeds[request.prompt], negative, inputs)
+        for request, negative, inputs in zip(requests, negatives, images, strict=True)
     ]
 
 
@@ -148,11 +144,8 @@ def _denoise(
 ) -> Float[Tensor, "1 channels latent_frames latent_height latent_width"]:
     """Denoised latents; all else that the pipeline had ends with this call."""
     shift, inputs = encoded.request.shift, encoded.image_inputs
-    pipeline: Any = (
-        text_pipeline(spec, transformers, shift)
-        if inputs is None
-        else image_pipeline(spec, transformers, shift, inputs)
-    )
+    of = (spec, transformers, shift)
+    pipeline: Any = text_pipeline(*of) if inputs is None else image_pipeline(*of, inputs)
     arguments = _arguments(encoded, device)
     if on_step is not None:
         arguments["callback_on_step_end"] = _callback(on_step)
@@ -265,12 +258,11 @@ def _callback(on_step: Callable[[int], None]) -> Callable[..., dict[str, Tensor]
     return call
 
 
-def _to_bytes(
-    frames: Float[Tensor, "frames 3 height width"],
-) -> UInt8[Tensor, "frames 3 height width"]:
+def _to_bytes(frames: Float[Tensor, "frames 3 height width"]) -> UInt8[Tensor, "frames 3 height width"]:
     if not frames.isfinite().all():
         remedy = "sample an earlier checkpoint, or with fp32 weights"
-        raise RunError(Problem("the sampled video has values that are not finite", remedy=remedy))
+        what = "the sampled video has values that are not finite"
+        raise RunError(Problem(what, remedy=remedy, code="sample-not-finite"))
     return (frames * 255).round().to(torch.uint8).cpu()
 
 
@@ -278,13 +270,16 @@ def _shape_problems(request: SampleRequest, spec: ModelSpec) -> Iterator[Problem
     if (request.num_frames - 1) % spec.temporal_stride or request.num_frames < 1:
         nearest = max(request.num_frames - 1, 0) // spec.temporal_stride * spec.temporal_stride + 1
         remedy = f"use {nearest} or {nearest + spec.temporal_stride}"
-        yield Problem(f"{request.num_frames} is not {spec.temporal_stride}n+1", "num_frames", remedy)
+        what = f"{request.num_frames} is not {spec.temporal_stride}n+1"
+        yield Problem(what, "num_frames", remedy, code="sample-frame-count-wrong")
     for side, name in zip(request.size, ("width", "height"), strict=True):
         if side % spec.size_divisor or side < 1:
             nearest = max(side // spec.size_divisor, 1) * spec.size_divisor
-            yield Problem(f"the {name} {side} does not divide by {spec.size_divisor}", "size", f"use {nearest}")
+            what = f"the {name} {side} does not divide by {spec.size_divisor}"
+            yield Problem(what, "size", f"use {nearest}", code="sample-size-indivisible")
     if request.steps < 1:
-        yield Problem(f"{request.steps} denoising steps make no video", "steps", "use 20 to 50")
+        what = f"{request.steps} denoising steps make no video"
+        yield Problem(what, "steps", "use 20 to 50", code="sample-without-steps")
 
 
 def _image_problems(request: SampleRequest, spec: ModelSpec) -> Iterator[Problem]:
@@ -293,8 +288,11 @@ def _image_problems(request: SampleRequest, spec: ModelSpec) -> Iterator[Problem
     for name, image in (("image", request.image), ("last_image", request.last_image)):
         if image is None and needs[name]:
             which = "an image" if name == "image" else "a last image too"
-            yield Problem(f"{spec.name} makes a video from {which}, none is given", name, "give one")
+            what = f"{spec.name} makes a video from {which}, none is given"
+            yield Problem(what, name, "give one", code="sample-image-missing")
         elif image is not None and not takes[name]:
-            yield Problem(f"{spec.name} would ignore the image", name, "leave it out, or choose a model that takes it")
+            what = f"{spec.name} would ignore the image"
+            yield Problem(what, name, "leave it out, or choose a model that takes it", code="sample-image-unused")
         elif image is not None and (found := [*image.shape]) != (wanted := [3, *reversed(request.size)]):
-            yield Problem(f"the image is {found}, not {wanted}", name, "cut it as a clip is")
+            what = f"the image is {found}, not {wanted}"
+            yield Problem(what, name, "cut it as a clip is", code="sample-image-size-differs")

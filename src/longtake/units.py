@@ -24,7 +24,12 @@ def parse_bytes(text: str, where: str = "") -> int:
     match = _PATTERN.fullmatch(text)
     if match is None:
         raise ConfigError(
-            Problem(f"cannot read {text!r} as a size", where, "write a number with a unit, for example 24GiB")
+            Problem(
+                f"cannot read {text!r} as a size",
+                where,
+                "write a number with a unit, for example 24GiB",
+                code="bytes-unreadable",
+            )
         )
     return int(Fraction(match[1]) * _FACTORS[match[2].upper()])
 

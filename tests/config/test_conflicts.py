@@ -43,7 +43,7 @@ def test_a_global_batch_that_does_not_divide_names_the_nearest_that_do(
     lines = said(ranks, training={"global_batch_size": batch, "micro_batch_size": micro})
     (line,) = [line for line in lines if line.startswith("training.global_batch_size")]
     what = f"{batch} is no multiple of {ranks} ranks x micro-batch {micro}"
-    assert line == f"training.global_batch_size: {what}; the nearest that work: {nearest}"
+    assert line == f"training.global_batch_size: {what}; the nearest that work: {nearest} [batch-not-divisible]"
 
 
 @pytest.mark.parametrize("micro", [1, 2, 4])
@@ -96,7 +96,7 @@ def test_a_micro_batch_that_divides_is_fine(micro: int) -> None:
         ({"memory": {"fallbacks": [{"budget": "1GiB"}]}}, "memory.fallbacks[0].budget: a run has one budget; leave it"),
         (
             {"memory": {"fallbacks": [{"block_swap": 1}]}},
-            "memory.fallbacks[0].block_swap: 1 blocks through a ring of 2 buffers save nothing; use 0, or at least 3",
+            "memory.fallbacks[0].block_swap: 1 blocks through a ring of 2 buffers save nothing; use 0, or at least 3 ",
         ),
         ({"lora": None, "memory": {"block_swap": 9}}, "memory.block_swap: all weights are trained, none can be stream"),
         (
@@ -185,7 +185,7 @@ def test_what_goes_together_is_let_through(changes: dict[str, Any]) -> None:
 )
 def test_a_batch_that_ranks_do_not_share_names_the_nearest(ranks: int, sp: int, batch: int, line: str) -> None:
     assert said(ranks, training={"global_batch_size": batch}, parallel={"sp": sp}) == [
-        f"training.global_batch_size: {line}"
+        f"training.global_batch_size: {line} [batch-not-divisible]"
     ]
 
 
@@ -219,18 +219,18 @@ def test_all_conflicts_come_at_once() -> None:
 @pytest.mark.parametrize(
     ("ranks", "message"),
     [
-        ([[3, 1, 8]], "lora.block_ranks: block 1 is before block 3; write [first, last, rank]"),
-        ([[0, 4, 8], [4, 6, 2]], "lora.block_ranks: block 4 has two ranks; let no two ranges overlap"),
-        ([[7, 9, 8], [0, 20, 2]], "lora.block_ranks: block 7 has two ranks; let no two ranges overlap"),
+        ([[3, 1, 8]], "block 1 is before block 3; write [first, last, rank] [block-ranks-reversed]"),
+        ([[0, 4, 8], [4, 6, 2]], "block 4 has two ranks; let no two ranges overlap [block-ranks-overlap]"),
+        ([[7, 9, 8], [0, 20, 2]], "block 7 has two ranks; let no two ranges overlap [block-ranks-overlap]"),
     ],
 )
 def test_ranges_of_blocks_run_upwards_and_do_not_overlap(ranks: list[list[int]], message: str) -> None:
-    assert said(lora={"block_ranks": ranks}) == [message]
+    assert said(lora={"block_ranks": ranks}) == [f"lora.block_ranks: {message}"]
     assert said(lora={"block_ranks": [[5, 9, 8], [0, 4, 2]]}) == []
 
 
 def test_a_ratio_of_learning_rates_needs_adapters() -> None:
     ratio = {"lora_plus_ratio": 16.0}
     assert said(training=ratio) == []
-    message = "training.lora_plus_ratio: there are no adapters; leave it out, or add a section [lora]"
-    assert said(lora=None, training=ratio) == [message]
+    message = "there are no adapters; leave it out, or add a section [lora] [config-key-ignored]"
+    assert said(lora=None, training=ratio) == [f"training.lora_plus_ratio: {message}"]

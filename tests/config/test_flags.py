@@ -140,7 +140,7 @@ def test_no_flag_sets_nothing(config: Path) -> None:
         (Flags(learning_rate=-1.0), "--learning-rate: must be greater than 0, not -1.0"),
         (Flags(gradient_accumulation_steps=0), "--gradient-accumulation-steps: must be greater than 0, not 0"),
         (Flags(lora_target_modules=" , "), "--lora-target-modules: must have at least 1 items, not 0"),
-        (Flags(training_strategy="zero3"), "--training-strategy: must be 'auto', 'single', 'ddp', 'fsdp2', "),
+        (Flags(training_strategy="zero3"), '--training-strategy: must be "auto", "single", "ddp", "fsdp2", '),
     ],
 )
 def test_a_wrong_value_is_named_by_its_flag(config: Path, flags: Flags, line: str) -> None:
@@ -150,8 +150,10 @@ def test_a_wrong_value_is_named_by_its_flag(config: Path, flags: Flags, line: st
 
 @pytest.mark.parametrize("old", ["size = [128, 64]", "micro_batch_size = 2"])
 def test_a_flag_hides_no_mistake_of_the_file(config: Path, old: str) -> None:
-    config.write_text(TOML.replace(old, f'{old.split(" =")[0]} = "x"'))
-    assert refused(config, *overrides(Flags(width=32, gradient_accumulation_steps=2), config))
+    key = old.split(" =")[0]
+    config.write_text(TOML.replace(old, f'{key} = "x"'))
+    (line,) = refused(config, *overrides(Flags(width=32, gradient_accumulation_steps=2), config))
+    assert re.search(rf"run.toml:\d+: \w+\.{key}: must be ", line)
     config.write_text(TOML.replace("[data]", "[data"))
     assert "valid TOML" in refused(config, *overrides(Flags(width=32), config))[0]
 
@@ -182,20 +184,23 @@ def test_set_that_cannot_be_read_is_refused_all_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_set(["steps=3", "training.steps", "training.steps=3"])
     assert [str(problem) for problem in caught.value.problems] == [
-        "--set: cannot read 'steps=3'; write section.key=value",
-        "--set: cannot read 'training.steps'; write section.key=value",
+        "--set: cannot read 'steps=3'; write section.key=value; did you mean training.steps? [config-set-unreadable]",
+        "--set: cannot read 'training.steps'; write section.key=value [config-set-unreadable]",
     ]
 
 
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("training.steps=x", "--set training.steps: must be a valid integer, not 'x'"),
-        ("training.stps=3", "--set training.stps: there is no such key; did you mean steps?"),
-        ("trainin.steps=3", "--set trainin.steps: there is no such key; did you mean training?"),
-        ("data.size=[64]", "--set data.size: the array is too short, this item is missing"),
-        ("training.steps.x=3", "--set training.steps.x: must be a valid integer, not {'x': 3}"),
-        ("model.name.x=3", "--set model.name.x: name is no section; write section.key=value"),
+        ("training.steps=x", '--set training.steps: must be a valid integer, not "x" [config-wrong-type]'),
+        ("training.stps=3", "--set training.stps: there is no such key; did you mean steps? [config-unknown-key]"),
+        (
+            "trainin.ema=0",
+            "--set trainin.ema: there is no such key; did you mean training.ema? [config-unknown-key]",
+        ),
+        ("data.size=[64]", "--set data.size: the array is too short, this item is missing [config-array-length]"),
+        ("training.steps.x=3", "--set training.steps.x: must be a valid integer, not {x = 3} [config-wrong-type]"),
+        ("model.name.x=3", "--set model.name.x: name is no section; write section.key=value [config-not-a-section]"),
     ],
 )
 def test_a_problem_of_the_command_line_is_named_as_it_was_written(config: Path, text: str, line: str) -> None:

@@ -112,7 +112,7 @@ def test_a_manifest_of_other_settings_names_what_differs_from_the_nearest(tmp_pa
         cache.read_manifest(SETTINGS | {"frames": [17, 49]})
     assert str(raised.value) == (
         f"{tmp_path}: the cache was prepared with other settings: frames [17, 81] instead of [17, 49]; "
-        "run `longtake prepare` with this config"
+        "run `longtake prepare` with this config [cache-other-settings]"
     )
 
 
@@ -147,6 +147,52 @@ def test_a_manifest_that_cannot_be_read_is_named(tmp_path: Path, table: Any) -> 
     assert problem.where == str(path)
 
 
+def tampered(table: dict[str, Any], how: str) -> dict[str, Any]:
+    one, other = table["entries"]
+    if how == "texts swapped":
+        return table | {"entries": [one | {"text": other["text"]}, other | {"text": one["text"]}]}
+    if how == "an entry less":
+        return table | {"entries": [one]}
+    if how == "another caption":
+        return table | {"entries": [one | {"prompt": "something else"}, other]}
+    if how == "no condition":
+        return table | {"empty_text": one["text"]}
+    if how == "held out":
+        return table | {"entries": [one | {"split": "validation"}, other]}
+    return table | {"content": "0" * 40}
+
+
+@pytest.mark.parametrize(
+    "how", ["texts swapped", "an entry less", "another caption", "no condition", "held out", "hash"]
+)
+def test_a_manifest_that_was_changed_is_noticed_and_named(tmp_path: Path, how: str) -> None:
+    cache, manifest = filled(tmp_path)
+    path = cache.write_manifest(manifest)
+    path.write_text(json.dumps(tampered(json.loads(path.read_text()), how)))
+    with pytest.raises(CacheError) as raised:
+        cache.read_manifest(SETTINGS)
+    (problem,) = raised.value.problems
+    assert (problem.what, problem.where) == ("the manifest has changed since it was written", str(path))
+    assert problem.remedy == "delete it and run `longtake prepare` again"
+
+
+def test_a_manifest_under_the_name_of_other_settings_is_noticed(tmp_path: Path) -> None:
+    cache, manifest = filled(tmp_path)
+    others = SETTINGS | {"size": [1280, 720]}
+    cache.write_manifest(manifest).rename(tmp_path / "manifests" / f"{digest(others)}.json")
+    with pytest.raises(CacheError, match="the manifest has changed since it was written"):
+        cache.read_manifest(others)
+
+
+def test_a_manifest_of_a_version_that_wrote_no_hash_is_read(tmp_path: Path) -> None:
+    cache, manifest = filled(tmp_path)
+    path = cache.write_manifest(manifest)
+    table = json.loads(path.read_text())
+    del table["content"]
+    path.write_text(json.dumps(table, indent=2))
+    assert cache.read_manifest(dict(SETTINGS)) == manifest
+
+
 def test_a_key_is_of_the_value_not_of_its_spelling() -> None:
     assert digest({"a": 1, "b": [1, 2]}) == digest({"b": (1, 2), "a": 1})
     assert digest({"a": 1}) != digest({"a": 2})
@@ -159,6 +205,15 @@ def test_why_an_entry_could_not_be_made_is_known_to_other_ranks_until_it_is_made
     cache.reject("latents", "key", problem)
     assert Cache(tmp_path).rejection("latents", "key") == Problem("cannot be decoded", "", "mend it")
     cache.write("latents", "key", {"latents": torch.ones(2)})
+    assert cache.rejection("latents", "key") is None
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"3", b'{"what": "x"}', b"\x80\x04."])
+def test_a_note_of_why_that_cannot_be_read_is_none(tmp_path: Path, content: bytes) -> None:
+    cache = Cache(tmp_path)
+    cache.reject("latents", "key", Problem("cannot be decoded"))
+    (note,) = (tmp_path / "latents").iterdir()
+    note.write_bytes(content)
     assert cache.rejection("latents", "key") is None
 
 

@@ -1,6 +1,6 @@
 """The sampler as a function of the step, the reader of entries, and reading ahead."""
 
-import threading
+import pickle
 from collections import Counter
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longtake.data.cache import Cache, Entry
-from longtake.data.loader import BucketSampler, EntryReader, Prefetcher, Visit
+from longtake.data.loader import BucketSampler, EntryReader, Visit
 from longtake.errors import CacheError
 
 
@@ -132,41 +132,32 @@ def test_an_entry_is_read_with_the_empty_caption_beside_it(tmp_path: Path) -> No
     assert torch.equal(conditioned.image_embeds, image)
 
 
-def test_steps_come_in_order_and_one_is_read_ahead() -> None:
-    asked: list[int] = []
-    ahead = threading.Event()
-
-    def load(step: int) -> str:
-        asked.append(step)
-        if step == 4:
-            ahead.set()
-        return f"step {step}"
-
-    steps = Prefetcher(load, last=6).steps(3)
-    assert next(steps) == (3, "step 3")
-    assert ahead.wait(5), "step 4 is read while step 3 is used"
-    assert [*steps] == [(4, "step 4"), (5, "step 5")]
-    assert asked == [3, 4, 5]
+def test_a_sampler_is_the_same_in_another_process() -> None:
+    sampler = BucketSampler(entries(f5=5, f9=3), [(0, 5), (10, 9)], seed=3, global_batch_size=2)
+    expected = visits(sampler, range(30))
+    assert visits(pickle.loads(pickle.dumps(sampler)), range(30)) == expected
 
 
-def test_a_failure_to_read_is_raised_where_its_step_is_due() -> None:
-    def load(step: int) -> int:
-        if step == 1:
-            raise CacheError("damaged")
-        return step
+def test_what_cannot_be_read_is_named_with_its_clip_and_the_file(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    for key in ("empty", "t"):
+        cache.write("texts", key, {"prompt_embeds": torch.zeros(1, 4)})
+    cache.write("latents", "l", {"latents": torch.zeros(16, 2, 4, 4)})
+    reader = EntryReader(cache, "empty")
+    cache.path("texts", "t").unlink()
+    with pytest.raises(CacheError) as raised:
+        reader.read(Entry("l", "", "t", (5, 32, 32), (5,), "c", "", "clips/kite.mp4", "train"))
+    (problem,) = raised.value.problems
+    assert problem.where == str(cache.path("texts", "t"))
+    assert problem.what.startswith("the entry cannot be read (")
+    assert problem.what.endswith("), of clip clips/kite.mp4")
+    assert problem.remedy == "delete it and run `longtake prepare` again"
+    assert reader.reading == ""
 
-    steps = Prefetcher(load, last=3).steps(0)
-    assert next(steps) == (0, 0)
-    with pytest.raises(CacheError, match="damaged"):
-        next(steps)
 
-
-def test_nothing_is_read_where_nothing_is_left() -> None:
-    def refuse(step: int) -> int:
-        raise AssertionError(step)
-
-    assert [*Prefetcher(refuse, last=3).steps(3)] == []
-    assert [*Prefetcher(refuse, last=3).steps(5)] == []
+def test_an_empty_caption_that_is_damaged_is_said_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="the entry cannot be read"):
+        EntryReader(Cache(tmp_path), "empty")
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4, 8])

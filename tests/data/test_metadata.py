@@ -140,9 +140,9 @@ def test_what_is_lacking_in_a_folder_is_said_of_each_file(root: Path) -> None:
     records, problems = read_source(root, True)
     assert [record.path.name for record in records] == ["a.mp4"]
     assert [str(problem) for problem in problems] == [
-        "set/b.mp4: the caption is empty; describe the clip, or leave it out",
-        "set/still.png: has no caption; write one into still.txt",
-        "set/lost.txt: a caption without a clip; add the clip or remove it",
+        "set/b.mp4: the caption is empty; describe the clip, or leave it out [caption-empty]",
+        "set/still.png: has no caption; write one into still.txt [clip-without-caption]",
+        "set/lost.txt: a caption without a clip; add the clip or remove it [caption-without-clip]",
     ]
 
 
@@ -157,6 +157,17 @@ def test_links_may_stay_inside_and_not_lead_out(root: Path) -> None:
     assert [record.path for record in records] == [root / "more/c.mov", root / "a.mp4"]
     assert [problem.where for problem in problems] == [f"clips.csv:row {row}" for row in (4, 5, 6)]
     assert all("outside the dataset's folder" in problem.what for problem in problems[:2])
+
+
+def test_links_may_lead_out_where_that_is_allowed(root: Path) -> None:
+    (root.parent / "outside.mp4").write_bytes(b"content")
+    (root / "out.mp4").symlink_to("../outside.mp4")
+    (root / "loop.mp4").symlink_to("loop.mp4")
+    names = ["out.mp4", "../outside.mp4", str(root.parent / "outside.mp4"), "loop.mp4", "/dev/null", "http://h/a.mp4"]
+    source = written(root, "clips.csv", "video,prompt\n" + "".join(f"{name},x\n" for name in names))
+    records, problems = read_source(source, False, allow_links=True)
+    assert [record.path for record in records] == 3 * [root.parent / "outside.mp4"]
+    assert [problem.where for problem in problems] == [f"clips.csv:row {row}" for row in (5, 6, 7)]
 
 
 def test_the_dataset_itself_may_be_reached_through_a_link(root: Path, tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import clips
-from longtake.data import video
-from longtake.data.video import Window, cover_and_crop, pick_by_time, probe, read_clip, read_image, write_clip
+from longtake.data.decoding import SLACK_SECONDS, pick_by_time
+from longtake.data.regular_files import content_hash
+from longtake.data.video import Window, cover_and_crop, probe, read_clip, read_image, write_clip
 from longtake.errors import DataError, RunError
 
 SIZE = (64, 48)
@@ -72,9 +73,9 @@ def test_the_picture_of_a_time_is_the_last_that_began(gaps: list[int], count: in
     pictures = [(begin, gap / 1000, index) for index, (begin, gap) in enumerate(zip(begins, gaps, strict=True))]
     times = [index / fps for index in range(count)]
     picked = list(pick_by_time(pictures, times))
-    until = max(sum(gaps) / 1000 - video.SLACK_SECONDS, begins[-1] + video.SLACK_SECONDS)
+    until = max(sum(gaps) / 1000 - SLACK_SECONDS, begins[-1] + SLACK_SECONDS)
     inside = [time for time in times if time < until]
-    assert picked == [max(i for i, b in enumerate(begins) if b <= t + video.SLACK_SECONDS) for t in inside]
+    assert picked == [max(i for i, b in enumerate(begins) if b <= t + SLACK_SECONDS) for t in inside]
 
 
 @pytest.mark.parametrize("degrees", [0, 90, 180, -90])
@@ -194,5 +195,5 @@ def test_a_hash_depends_on_the_content_alone(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x" * 100_000)
     (tmp_path / "b").write_bytes(b"x" * 100_000)
     (tmp_path / "c").write_bytes(b"x" * 99_999 + b"y")
-    a, b, c = (video.content_hash(tmp_path / name) for name in "abc")
+    a, b, c = (content_hash(tmp_path / name) for name in "abc")
     assert a == b != c

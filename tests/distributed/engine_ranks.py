@@ -24,11 +24,12 @@ from longtake.distributed.sequence_parallel import sequence_parallel
 from longtake.distributed.start_checks import check_engine, group_size
 from longtake.memory.strategy import Among, apply
 from longtake.models.libraries import quiet_libraries
-from longtake.training.batch import Batch, Sample, collate, summed_loss
+from longtake.training.batch import Batch, collate, summed_loss
 from longtake.training.flow_matching import draw, generator_for
 from longtake.training.model import TrainedModel, build_model, find_model
 from longtake.training.optimizer import allocate_states, build_optimizer, learning_rate, set_rate
 from longtake.training.precision import compute_in
+from longtake.training.samples import Sample
 
 BUCKET = (9, 48, 80)
 """45 tokens, which two ranks cannot share evenly, as little as the model's 5 heads."""

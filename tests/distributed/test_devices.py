@@ -69,7 +69,8 @@ def test_indices_and_uuids_in_one_value_are_refused(variable: str) -> None:
 
 
 def test_spaces_around_a_uuid_are_refused_since_torch_does_not_find_it_then() -> None:
-    assert refused("GPU-c12f, GPU-0f").endswith("torch finds no UUID with spaces, as in ' GPU-0f'; remove them")
+    line = "torch finds no UUID with spaces, as in ' GPU-0f'; remove them [gpus-uuid-with-spaces]"
+    assert refused("GPU-c12f, GPU-0f").endswith(line)
 
 
 def test_torch_counts_as_many_gpus_as_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,14 +104,14 @@ def test_where_no_gpu_is_installed_or_visible_processes_run_on_the_cpu(variable:
 @pytest.mark.parametrize(
     ("wanted", "variable", "line"),
     [
-        (8, None, "--gpus: 8 GPUs were asked for and 4 are visible; use --gpus 4"),
+        (8, None, "--gpus: 8 GPUs were asked for and 4 are visible; use --gpus 4 [gpus-too-few]"),
         (
             2,
             "3",
             "--gpus, CUDA_VISIBLE_DEVICES=3: 2 GPUs were asked for and 1 is visible; "
-            "use --gpus 1, or name more of the 4 that are installed in CUDA_VISIBLE_DEVICES",
+            "use --gpus 1, or name more of the 4 that are installed in CUDA_VISIBLE_DEVICES [gpus-too-few]",
         ),
-        (0, None, "--gpus: 0 GPUs were asked for; use 1 or more"),
+        (0, None, "--gpus: 0 GPUs were asked for; use 1 or more [gpus-none-asked]"),
     ],
 )
 def test_more_gpus_than_are_visible_are_refused_in_one_line(wanted: int, variable: str | None, line: str) -> None:

@@ -24,7 +24,7 @@ from runs import Scene, learnt, scene
 
 WITHIN_SECONDS = 60.0
 LOST = "error: rank 0: lost another rank, whose own message says why; " + (
-    "the run goes on from its last checkpoint with --resume"
+    "the run goes on from its last checkpoint with --resume [rank-lost]"
 )
 STEPS = 80
 
@@ -89,8 +89,8 @@ def test_a_rank_that_crashes_ends_the_run_with_its_traceback_before_what_the_oth
     end = said.index("KeyError: 'latents'")
     assert not any(line.startswith(("Traceback", "error:")) for line in said[1:end])
     assert said[end + 1 :] in (
-        ["error: rank 1: ended by the error above"],
-        ["error: rank 1: ended by the error above", LOST],
+        ["error: rank 1: ended by the error above [rank-crashed]"],
+        ["error: rank 1: ended by the error above [rank-crashed]", LOST],
     )
 
 
@@ -117,7 +117,7 @@ def test_a_rank_that_is_killed_is_named_once_and_the_other_ends_with_it(where: S
         rank.kill()
         assert launcher.status(WITHIN_SECONDS) == 1
     killed = "error: rank 1: killed by SIGKILL, as the system does where host memory runs out; "
-    killed += "continue with --resume from the last checkpoint"
+    killed += "continue with --resume from the last checkpoint [rank-killed]"
     assert errors(launcher) in ([killed], [LOST, killed])
 
 
@@ -150,5 +150,5 @@ def saved_step(config: RunConfig, launcher: Started) -> int:
     (line,) = errors(launcher)
     found = re.fullmatch(rf"error: {re.escape(run)}: stopped by SIGTERM after step (\d+), which is saved; (.*)", line)
     assert found is not None, line
-    assert found[2] == "continue with --resume"
+    assert found[2] == "continue with --resume [run-stopped]"
     return int(found[1])

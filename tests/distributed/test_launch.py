@@ -163,7 +163,7 @@ def test_a_rank_that_is_killed_is_named_with_the_signal(folder: Path, capfd: pyt
         launched("killed")
     assert [*map(str, raised.value.problems)] == [
         "rank 1: killed by SIGKILL, as the system does where host memory runs out; "
-        "continue with --resume from the last checkpoint"
+        "continue with --resume from the last checkpoint [rank-killed]"
     ]
     assert capfd.readouterr().err in ("", "error: rank 0 has lost rank 1\n")
 
@@ -204,7 +204,8 @@ def test_a_second_signal_ends_ranks_that_take_their_time(folder: Path) -> None:
         launcher.send_signal(signal.SIGTERM)
         assert lines(launcher, 2) == ["rank 0: SIGTERM", "rank 1: SIGTERM"]
         _, err = interrupted(launcher)
-    line = "error: ranks 0, 1: ended after SIGINT without a word; continue with --resume from the last checkpoint\n"
+    line = "error: ranks 0, 1: ended after SIGINT without a word; continue with --resume from the last checkpoint"
+    line += " [rank-silent]\n"
     assert launcher.returncode == 1
     assert err.startswith(line)  # Python may add to it where the last SIGINT came while it was leaving
 
@@ -223,7 +224,7 @@ def test_a_rank_whose_launcher_has_gone_at_its_start_ends() -> None:
     environment = {**os.environ, "TORCHELASTIC_RUN_ID": "1", "RANK": "1", "LONGTAKE_LAUNCHER": "0"}
     code = "from longtake.distributed.launch import die_with_parent; die_with_parent()"
     ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
-    assert ended.stderr.endswith("RunError: rank 1: the process that started it has gone\n")
+    assert ended.stderr.endswith("RunError: rank 1: the process that started it has gone [launcher-gone]\n")
 
 
 def test_a_process_that_no_launcher_started_has_nobody_to_tell_or_to_follow(monkeypatch: pytest.MonkeyPatch) -> None:

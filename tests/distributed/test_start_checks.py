@@ -22,14 +22,14 @@ def test_ranks_that_differ_are_named_by_what_they_have() -> None:
     first = {"torch": "2.13.0", "lora.rank": "32"}
     assert said(first, first, first) == []
     assert said(first, first | {"torch": "2.12.0"}, first, first | {"torch": "2.12.0", "lora.rank": "16"}) == [
-        "torch: ranks 1, 3 have 2.12.0, rank 0 has 2.13.0; give all ranks the same",
-        "lora.rank: rank 3 has 16, rank 0 has 32; give all ranks the same",
+        "torch: ranks 1, 3 have 2.12.0, rank 0 has 2.13.0; give all ranks the same [rank-differs]",
+        "lora.rank: rank 3 has 16, rank 0 has 32; give all ranks the same [rank-differs]",
     ]
 
 
 def test_what_a_rank_lacks_is_named_too() -> None:
     assert said({"deepspeed": "0.19.8"}, {}) == [
-        "deepspeed: rank 1 has None, rank 0 has 0.19.8; give all ranks the same"
+        "deepspeed: rank 1 has None, rank 0 has 0.19.8; give all ranks the same [rank-differs]"
     ]
 
 

@@ -10,7 +10,7 @@ from longtake.config.load import load_config
 from longtake.config.schema import RunConfig
 from longtake.data import split
 from longtake.data.encode import prepare
-from longtake.data.sniff import content_hash
+from longtake.data.regular_files import content_hash
 from longtake.doctor.clips import Examination, Finding, examine
 from longtake.doctor.document import reason_of
 from longtake.errors import DataError
@@ -74,7 +74,7 @@ def test_a_clip_too_short_is_shown_and_not_counted_toward_the_limit(config: RunC
     assert short.info is not None
     assert damaged.info is None
     assert [reason_of(problem) for problem in short.left_out] == [
-        "short.mp4 has 3 frames at 16 fps; give a clip of 5 or more, or leave it out"
+        "short.mp4 has 3 frames at 16 fps; give a clip of 5 or more, or leave it out [clip-too-short]"
     ]
     assert [(check.step, check.bad, check.rows, check.stops) for check in examination.checks] == [
         ("rows", 0, 19, False),

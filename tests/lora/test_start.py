@@ -97,7 +97,7 @@ def test_layers_that_are_not_trained_are_named(build, written):
         begun(build, LORA.model_copy(update={"targets": ("ffn",)}), path)
     assert str(caught.value) == (
         "lora.start_from: 16 of 20 layers of start.safetensors are not trained, first blocks.0.attn1.to_k;"
-        " add them to lora.targets, or start from another file"
+        " add them to lora.targets, or start from another file [lora-layers-untrained]"
     )
 
 
@@ -144,7 +144,7 @@ def test_a_lora_of_another_task_is_refused_and_one_of_another_model_is_said(buil
 def test_a_file_of_another_kind_is_told_from_a_damaged_one(build, tmp_path, written):
     image = tmp_path / "image.png"
     image.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(64))
-    with pytest.raises(ModelError, match=r"image\.png: this is not a safetensors file$"):
+    with pytest.raises(ModelError, match=r"image\.png: this is not a safetensors file \["):
         begun(build, LORA, image)
     path, _ = written()
     path.write_bytes(path.read_bytes()[:4000])
@@ -183,7 +183,8 @@ def test_there_is_one_file_for_each_expert(build, written):
     with pytest.raises(ModelError) as caught:
         begin_from(transformer, neither, (0, 2))
     assert str(caught.value).splitlines() == [
-        f"lora.start_from: {name}.safetensors: there is no such file" for name in ("nowhere", "neither")
+        f"lora.start_from: {name}.safetensors: there is no such file [lora-file-missing]"
+        for name in ("nowhere", "neither")
     ]
 
 

@@ -150,7 +150,7 @@ def test_a_strategy_that_does_not_fit_is_refused_with_the_numbers(
     with pytest.raises(ConfigError) as raised:
         check(Needs(host, disk), free)
     assert raised.value.exit_status == 2
-    assert [str(problem) for problem in raised.value.problems] == [line]
+    assert [str(problem) for problem in raised.value.problems] == [f"{line} [memory-strategy-too-big]"]
 
 
 def test_host_and_disk_are_both_told() -> None:

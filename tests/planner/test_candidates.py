@@ -111,5 +111,6 @@ def test_before_a_plan_only_what_no_plan_can_mend_is_a_conflict() -> None:
 @pytest.mark.parametrize("shared", [{"sp": 2}, {"strategy": "fsdp2", "dp_replicate": 2}])
 def test_what_needs_several_gpus_asks_how_many_there_are(shared: dict[str, Any]) -> None:
     (line,) = said(1, parallel=shared)
-    assert line.endswith(": one GPU has nobody to share with; say how many there are with --gpus")
+    what = "one GPU has nobody to share with; say how many there are with --gpus [gpus-nobody-to-share]"
+    assert line.endswith(f": {what}")
     assert said(4, parallel=shared) == []

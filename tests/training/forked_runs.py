@@ -1,82 +1,103 @@
-"""A process that has imported everything and forks a run for each line of its input: starting one takes milliseconds.
+"""A process that has imported everything and forks a command for each line of its input, which starts it in no time.
 
-A line is the JSON of a config's path, whether to resume, and when the run is killed, if it is: `kill_after` so many
-seconds, or when it has been told `die_at` times of an operation on the disk, which is before and after each. The answer
-is the JSON of the exit status (-9 for a killed run), of the seconds that it took, and of how often it was told.
+A line is the JSON of a config's path, of the command ("train", "resume" or "prepare"), and of when it is killed, if it
+is: at the `die_at`th time that it has been told of an operation on the disk, which is before and after each, or
+`die_after` seconds later. The answer is the JSON of the exit status (-9 where it was killed) and, of a command that was
+not killed, of what it was told: the seconds since its beginning, the kind of the operation and the path.
+
+To be imported and not run: what is `__main__` is imported by each process that reads clips.
 """
 
 import json
-import mmap
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from longtake import disk
 from longtake.config.load import load_config
+from longtake.data import encode
 from longtake.errors import LongtakeError
 from longtake.progress import Reporter
+from longtake.training.model import find_model
 from longtake.training.run import train
 
+QUIET = Reporter(quiet=True)
 
-def serve() -> None:
-    """Answers each line until the input ends."""
+
+def serve(first: Path) -> None:
+    """Answers each line until the input ends, after one whole run of the config `first` in this process.
+
+    What is imported late is there then before the first fork.
+    """
     torch.set_num_threads(1)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    for command in ("prepare", "train"):
+        assert _run(first, command) == 0
     for line in sys.stdin:
         asked = json.loads(line)
-        started = time.monotonic()
-        told = Told(asked.get("die_at"))
-        status = _forked(Path(asked["config"]), asked["resume"], asked.get("kill_after"), told)
-        answer = {"status": status, "seconds": time.monotonic() - started, "told": told.count}
-        print(json.dumps(answer), flush=True)
+        answers, answer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(answers)
+            os._exit(_told(asked, answer))
+        os.close(answer)
+        with os.fdopen(answers) as said:
+            told = said.read()
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(json.dumps({"status": status, "told": json.loads(told or "[]")}), flush=True)
 
 
 class Told:
-    """Counts, in memory that forks share, how often it was told of an operation; ends the process at the `die_at`th."""
+    """Keeps what it is told of operations on the disk, and kills its process when it is time."""
 
-    def __init__(self, die_at: int | None) -> None:
+    def __init__(self, die_at: int | None, die_after: float) -> None:
         self.die_at = die_at
-        self.shared = mmap.mmap(-1, 8)
+        self.die_after = die_after
+        self.begun = time.monotonic()
+        self.kept: list[tuple[float, str, str]] = []
 
-    @property
-    def count(self) -> int:
-        """So far."""
-        return int.from_bytes(self.shared[:8], "little")
+    def __call__(self, operation: disk.Operation, _done: bool) -> None:
+        self.kept.append((time.monotonic() - self.begun, operation.kind, str(operation.path)))
+        if len(self.kept) == self.die_at:
+            self.die()
 
-    def __call__(self, _operation: disk.Operation, _done: bool) -> None:
-        self.shared[:8] = (self.count + 1).to_bytes(8, "little")
-        if self.count == self.die_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _forked(config: Path, resume: bool, kill_after: float | None, told: Told) -> int:
-    child = os.fork()
-    if child == 0:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-        with disk.watched(told):
-            os._exit(_run(config, resume))
-    if kill_after is None:
-        signal.sigwait({signal.SIGCHLD})
-    elif signal.sigtimedwait({signal.SIGCHLD}, kill_after) is None:
-        os.kill(child, signal.SIGKILL)
-        signal.sigwait({signal.SIGCHLD})
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    def die(self) -> None:
+        """Now, or a little later."""
+        if not self.die_after:
+            _kill()
+        timer = threading.Timer(self.die_after, _kill)
+        timer.daemon = True  # what has ended before need not be killed
+        timer.start()
 
 
-def _run(config: Path, resume: bool) -> int:
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _told(asked: dict[str, Any], answer: int) -> int:
+    told = Told(asked.get("die_at"), asked.get("die_after", 0.0))
+    with disk.watched(told):
+        status = _run(Path(asked["config"]), asked["command"])
+    with os.fdopen(answer, "w") as file:
+        json.dump(told.kept, file)
+    return status
+
+
+def _run(path: Path, command: str) -> int:
     try:
-        train(load_config(config), resume, Reporter(quiet=True))
+        config = load_config(path)
+        if command == "prepare":
+            found = find_model(config, QUIET.line)
+            root = encode.component_root(found.root, "model.components")
+            encode.prepare(config, found.variant.spec, root, torch.device("cpu"), QUIET, (0, 1))
+        else:
+            train(config, command == "resume", QUIET)
     except LongtakeError as error:
-        print(error, file=sys.stderr)
+        print(error, file=sys.stderr, flush=True)
         return error.exit_status
     return 0
-
-
-if __name__ == "__main__":
-    # one whole run here, so that what is imported late is there before the first fork
-    train(load_config(Path(sys.argv[1])), False, Reporter(quiet=True))
-    serve()

@@ -8,8 +8,9 @@ import torch
 
 from longtake.data.cache import Cache
 from longtake.data.loader import BucketSampler, EntryReader
-from longtake.training.batch import Sample, collate, read_sample, summed_loss
+from longtake.training.batch import collate, summed_loss
 from longtake.training.model import TrainedModel, build_model, find_model
+from longtake.training.samples import Sample, read_sample
 from runs import CPU, Scene
 
 MODELS = ("tiny-t2v", "tiny-i2v", "tiny-ti2v")

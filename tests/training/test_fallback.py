@@ -209,7 +209,7 @@ def test_a_strategy_that_the_model_does_not_allow_is_refused_before_the_run_is_b
     }.items():
         with pytest.raises(ConfigError) as raised:
             scene.train(config_of(scene, tmp_path / "run", **memory))
-        assert str(raised.value) == f"memory.{where}: the model has 4 blocks; at most 4"
+        assert str(raised.value) == f"memory.{where}: the model has 4 blocks; at most 4 [block-swap-too-many]"
     assert not (tmp_path / "run" / "config.toml").exists()
 
 

@@ -87,7 +87,8 @@ def test_a_rank_that_has_no_room_ends_the_save_on_all_ranks_with_its_name(tmp_pa
 def test_what_a_checkpoint_needs_and_what_is_free_is_said(tmp_path: Path) -> None:
     full = Refusing(4, errno.ENOSPC)
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(RunError, match=r"; [89]\d\d B are needed, \d.* are free there; make room$"), disk.watched(full):
+    line = r"; [89]\d\d B are needed, \d.* are free there; make room \[disk-full\]$"
+    with pytest.raises(RunError, match=line), disk.watched(full):
         save(tmp_path, numbered(1), keep=1)
 
 

@@ -24,8 +24,9 @@ from longtake.data.loader import EntryReader, Visit
 from longtake.data.video import Window, read_clip, read_image
 from longtake.models.wan.variants import variant
 from longtake.models.wan.weights import load_transformer, locate
-from longtake.training.batch import Batch, Sample, collate, summed_loss
+from longtake.training.batch import Batch, collate, summed_loss
 from longtake.training.flow_matching import Draw
+from longtake.training.samples import Sample
 from runs import CPU, Scene
 from seen import Call, transformer_calls
 

@@ -156,14 +156,15 @@ def test_what_cannot_be_pushed_is_named_and_the_hub_not_asked(
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         here(finished, Destination("no/such/name"))
-    assert str(caught.value) == "--repo no/such/name: this is no name of a repository; write owner/name"
+    wrong = "--repo no/such/name: this is no name of a repository; write owner/name [push-name-wrong]"
+    assert str(caught.value) == wrong
     for name in ("foo", "/foo", "foo/", ""):
         with pytest.raises(ConfigError, match="this is no name of a repository; write owner/name"):
             here(finished, Destination(name))
     (tmp_path / "config.toml").write_bytes((finished / "config.toml").read_bytes())
     with pytest.raises(ConfigError) as caught:
         here(tmp_path)
-    assert str(caught.value) == f"{tmp_path}: the run is not finished; continue it with --resume"
+    assert str(caught.value) == f"{tmp_path}: the run is not finished; continue it with --resume [run-unfinished]"
     assert server.asked == []
 
 

@@ -117,6 +117,7 @@ def test_a_lora_of_another_task_is_refused_and_one_of_another_model_is_said(fini
         adapters_of(of("tiny-flf2v"), spec, said.append)
     assert str(caught.value) == (
         f"{path}: this is a LoRA of tiny-flf2v (flf2v), the model is tiny-i2v (i2v); use one of the same task"
+        " [lora-of-another-task]"
     )
     for model in ("", "tiny-i2v"):
         adapters_of(of(model), spec, said.append)

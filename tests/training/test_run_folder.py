@@ -44,8 +44,10 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").touch()
     assert refusal(config(tmp_path), resume=False) == (
         f"{tmp_path}: the run folder is not empty; add --resume to continue it, or set another output.run"
+        " [run-folder-not-empty]"
     )
-    assert refusal(config(tmp_path), resume=True) == f"{tmp_path}: there is no run to resume; leave out --resume"
+    nothing = f"{tmp_path}: there is no run to resume; leave out --resume [run-nothing-to-resume]"
+    assert refusal(config(tmp_path), resume=True) == nothing
 
 
 def test_a_run_that_never_began_may_begin(tmp_path: Path) -> None:
@@ -59,9 +61,8 @@ def test_a_run_that_never_began_may_begin(tmp_path: Path) -> None:
 def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
     begin(config(tmp_path))
     with open_run(config(tmp_path), True, print):
-        assert (
-            refusal(config(tmp_path), resume=True) == f"{tmp_path}: another process trains in this folder; wait for it"
-        )
+        line = f"{tmp_path}: another process trains in this folder; wait for it [run-in-use]"
+        assert refusal(config(tmp_path), resume=True) == line
     with open_run(config(tmp_path), True, print):
         pass
 

@@ -163,6 +163,23 @@ def test_hostile_text_stays_text(run: Path) -> None:
     assert "<b>run&" in page.text
 
 
+def test_what_befell_the_run_is_shown_and_a_line_that_was_cut_off_is_not(run: Path) -> None:
+    assert "Events" not in Page(write_report(run).read_text(encoding="utf-8")).text
+    lines = [
+        {"time": "2026-11-28T22:40:18+00:00", "step": step, "kind": "worker-died", "what": f"number {step}: {HOSTILE}"}
+        for step in range(102)
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in [*lines, {"what": "no step"}, {"what": 3}])
+    (run / "events.jsonl").write_text(text + '{"time": "20', encoding="utf-8")
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert page.count("tr") == 1 + 100
+    assert "the last 100 of 103" in page.text
+    assert "number 2:" not in page.text
+    assert "number 3:" in page.text
+    assert page.text.count("worker-died") == 99
+    assert page.count("script") == 0
+
+
 def test_a_line_cut_off_by_a_kill_is_left_out_and_named(run: Path) -> None:
     write_lines(run, [step_line(1), step_line(2)], end='{"step": 3, "los')
     found = read_run(run)

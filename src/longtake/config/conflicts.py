@@ -1,6 +1,7 @@
 """What cannot go together in a config: the one function that loading, search, `apply` and pages ask. Needs no torch."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from longtake.config.schema import (
     DataConfig,
@@ -44,7 +45,8 @@ def memory_conflicts(memory: MemoryStrategy) -> Iterator[Problem]:
     yield from _slices(memory)
     if memory.optimizer == "adamw8bit" and memory.optimizer_offload:
         what = "8-bit states are small and stay on the device"
-        yield Problem(what, "memory.optimizer_offload", 'leave it out, or use memory.optimizer = "adamw"')
+        remedy = 'leave it out, or use memory.optimizer = "adamw"'
+        yield Problem(what, "memory.optimizer_offload", remedy, code="optimizer-8bit-offloaded")
     for index, rung in enumerate(memory.fallbacks):
         yield from _fallback(memory, rung, f"memory.fallbacks[{index}]")
     if memory.activation_offload_fraction != 1.0 and memory.activation_offload == "none":
@@ -52,6 +54,7 @@ def memory_conflicts(memory: MemoryStrategy) -> Iterator[Problem]:
             "the fraction would be ignored",
             "memory.activation_offload_fraction",
             'set memory.activation_offload = "host" or "disk"',
+            code="config-key-ignored",
         )
 
 
@@ -66,42 +69,46 @@ def _needs_checkpointing(memory: MemoryStrategy) -> Iterator[Problem]:
     }
     for field, (set_, reason) in reasons.items():
         if set_:
-            yield Problem(f"{reason} without gradient checkpointing", f"memory.{field}", remedy)
+            what = f"{reason} without gradient checkpointing"
+            yield Problem(what, f"memory.{field}", remedy, code="memory-needs-checkpointing")
 
 
 def _block_swap(memory: MemoryStrategy) -> Iterator[Problem]:
     ring = memory.checkpoint_every + 1
     if 0 < memory.block_swap <= ring:
         what = f"{memory.block_swap} blocks through a ring of {ring} buffers save nothing"
-        yield Problem(what, "memory.block_swap", f"use 0, or at least {ring + 1}")
+        yield Problem(what, "memory.block_swap", f"use 0, or at least {ring + 1}", code="block-swap-too-few")
 
 
 def _slices(memory: MemoryStrategy) -> Iterator[Problem]:
     sliced = memory.slices > 1 or memory.attention_head_groups > 1
     if sliced and memory.checkpoint_every > 1:
         what = "a block in slices is a segment of its own"
-        yield Problem(what, "memory.checkpoint_every", "leave it out, or memory.slices and attention_head_groups")
+        remedy = "leave it out, or memory.slices and attention_head_groups"
+        yield Problem(what, "memory.checkpoint_every", remedy, code="slices-in-segments")
 
 
 def _fallback(memory: MemoryStrategy, rung: MemoryStrategy, where: str) -> Iterator[Problem]:
     """A fallback is a strategy that a run can change to."""
     if rung.fallbacks:
-        yield Problem("fallbacks have none of their own", f"{where}.fallbacks", "write them one after the other")
+        what, remedy = "fallbacks have none of their own", "write them one after the other"
+        yield Problem(what, f"{where}.fallbacks", remedy, code="fallback-nested")
     for field in ("quantization", "optimizer", "optimizer_offload"):
         if getattr(rung, field) != getattr(memory, field):
             what = f"a run cannot change it on its way from {getattr(memory, field)!r}"
-            yield Problem(what, f"{where}.{field}", "make them equal")
+            yield Problem(what, f"{where}.{field}", "make them equal", code="fallback-not-reachable")
     if rung.budget not in ("auto", memory.budget):
-        yield Problem("a run has one budget", f"{where}.budget", "leave it out")
+        yield Problem("a run has one budget", f"{where}.budget", "leave it out", code="fallback-with-budget")
     for problem in memory_conflicts(rung.model_copy(update={"fallbacks": ()})):
-        yield Problem(problem.what, problem.where.replace("memory", where, 1), problem.remedy)
+        yield replace(problem, where=problem.where.replace("memory", where, 1))
 
 
 def _budget(text: str) -> Iterator[Problem]:
     where = "memory.budget"
     try:
         if not parse_bytes(text, where):
-            yield Problem("a budget of no bytes leaves nothing to train with", where, 'give more, or "auto"')
+            what = "a budget of no bytes leaves nothing to train with"
+            yield Problem(what, where, 'give more, or "auto"', code="budget-zero")
     except ConfigError as error:
         yield from error.problems
 
@@ -119,6 +126,7 @@ def _batch(training: TrainingConfig, parallel: ParallelConfig, world_size: int) 
         f"{training.global_batch_size} is no multiple of {ranks} x micro-batch {training.micro_batch_size}",
         "training.global_batch_size",
         f"the nearest that work: {' or '.join(map(str, nearest))}",
+        code="batch-not-divisible",
     )
 
 
@@ -126,17 +134,20 @@ def _schedule(data: DataConfig, training: TrainingConfig) -> Iterator[Problem]:
     where = "data.frames_schedule"
     steps = [step for step, _ in data.frames_schedule]
     if steps and steps[0] != 0:
-        yield Problem("the first stage must start at step 0", where, f"write [[0, {data.frames_schedule[0][1]}], ...]")
+        remedy = f"write [[0, {data.frames_schedule[0][1]}], ...]"
+        yield Problem("the first stage must start at step 0", where, remedy, code="frames-schedule-late")
     if steps != sorted(set(steps)):
-        yield Problem("the stages' first steps must rise", where, "sort them")
+        yield Problem("the stages' first steps must rise", where, "sort them", code="frames-schedule-unsorted")
     if steps and steps[-1] >= training.steps:
         remedy = "raise training.steps or drop the stage"
-        yield Problem(f"the last stage starts at step {steps[-1]} of {training.steps}", where, remedy)
+        what = f"the last stage starts at step {steps[-1]} of {training.steps}"
+        yield Problem(what, where, remedy, code="frames-schedule-past-end")
     if steps and data.frames_schedule[-1][1] != data.num_frames:
         yield Problem(
             f"the last stage has {data.frames_schedule[-1][1]} frames, data.num_frames says {data.num_frames}",
             where,
             "make them equal",
+            code="frames-schedule-ends-otherwise",
         )
 
 
@@ -146,11 +157,12 @@ def _precision(config: RunConfig) -> Iterator[Problem]:
             f"frozen weights in {config.model.dtype} cannot be computed with in fp32",
             "training.precision",
             f'use "{config.model.dtype}", or model.dtype = "fp32"',
+            code="precision-above-weights",
         )
     if config.training.warmup_steps >= config.training.steps:
         remedy = f"at most {config.training.steps - 1}"
         what = f"the warm-up of {config.training.warmup_steps} steps is as long as the run"
-        yield Problem(what, "training.warmup_steps", remedy)
+        yield Problem(what, "training.warmup_steps", remedy, code="warmup-too-long")
 
 
 def _trained_weights(config: RunConfig) -> Iterator[Problem]:
@@ -158,29 +170,36 @@ def _trained_weights(config: RunConfig) -> Iterator[Problem]:
     for index, memory in enumerate((config.memory, *config.memory.fallbacks)):
         where = f"memory.fallbacks[{index - 1}]" if index else "memory"
         if config.lora is None and memory.block_swap:
-            yield Problem("all weights are trained, none can be streamed", f"{where}.block_swap", "leave it out")
+            what = "all weights are trained, none can be streamed"
+            yield Problem(what, f"{where}.block_swap", "leave it out", code="weights-trained-and-streamed")
         if config.lora is None and memory.quantization != "none" and not index:
             what = "weights that are trained cannot be quantised"
-            yield Problem(what, f"{where}.quantization", "leave it out, or add a section [lora]")
+            remedy = "leave it out, or add a section [lora]"
+            yield Problem(what, f"{where}.quantization", remedy, code="weights-trained-and-quantized")
         if config.lora is not None and config.lora.dropout and (memory.slices > 1 or memory.attention_head_groups > 1):
             what = "a block in slices would draw its dropout differently"
-            yield Problem(what, f"{where}.slices", "leave it out, or lora.dropout")
+            yield Problem(what, f"{where}.slices", "leave it out, or lora.dropout", code="dropout-drawn-apart")
     if config.lora is not None and config.lora.dropout and config.parallel.sp > 1:
-        yield Problem("ranks that share a clip would draw its dropout differently", "lora.dropout", "use 0, or sp = 1")
+        what = "ranks that share a clip would draw its dropout differently"
+        yield Problem(what, "lora.dropout", "use 0, or sp = 1", code="dropout-drawn-apart")
 
 
 def _adapters(config: RunConfig) -> Iterator[Problem]:
     """Fields of [lora], and of [training] that are about adapters."""
     if config.lora is None:
         if config.training.lora_plus_ratio != 1.0:
-            yield Problem("there are no adapters", "training.lora_plus_ratio", "leave it out, or add a section [lora]")
+            remedy = "leave it out, or add a section [lora]"
+            yield Problem("there are no adapters", "training.lora_plus_ratio", remedy, code="config-key-ignored")
         return
     where, end = "lora.block_ranks", -1
     for first, last, _ in sorted(config.lora.block_ranks):
         if last < first:
-            yield Problem(f"block {last} is before block {first}", where, "write [first, last, rank]")
+            what = f"block {last} is before block {first}"
+            yield Problem(what, where, "write [first, last, rank]", code="block-ranks-reversed")
         elif first <= end:
-            yield Problem(f"block {first} has two ranks", where, "let no two ranges overlap")
+            yield Problem(
+                f"block {first} has two ranks", where, "let no two ranges overlap", code="block-ranks-overlap"
+            )
         end = max(end, last)
 
 
@@ -188,9 +207,10 @@ def _ignored(config: RunConfig) -> Iterator[Problem]:
     """Settings that would have no effect."""
     if config.lora is None and config.output.formats != OutputConfig.model_fields["formats"].default:
         remedy = "leave it out, or add a section [lora]"
-        yield Problem("full fine-tuning writes no adapter", "output.formats", remedy)
+        yield Problem("full fine-tuning writes no adapter", "output.formats", remedy, code="config-key-ignored")
     for key in ("sample_steps", "guidance_scale"):
         default = ValidationConfig.model_fields[key].default
         if not config.validation.samples and getattr(config.validation, key) != default:
             remedy = "leave it out, or add validation.samples"
-            yield Problem("there are no samples that it would apply to", f"validation.{key}", remedy)
+            what = "there are no samples that it would apply to"
+            yield Problem(what, f"validation.{key}", remedy, code="config-key-ignored")

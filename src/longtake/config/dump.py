@@ -1,12 +1,11 @@
 """A RunConfig as TOML, with or without each key's manual as a comment."""
 
 import textwrap
-from typing import Any
 
-import tomlkit
 from pydantic import BaseModel
 
 from longtake.config.schema import MemoryStrategy, ParallelConfig, RunConfig
+from longtake.config.shown import toml_value
 
 
 def to_toml(config: RunConfig, comments: bool = False) -> str:
@@ -37,14 +36,5 @@ def _keys(section: BaseModel, comments: bool) -> list[str]:
             lines += textwrap.wrap(
                 " ".join(field.description.split()), 110, initial_indent="# ", subsequent_indent="# "
             )
-        lines.append(f"{key} = {_value(getattr(section, key))}")
+        lines.append(f"{key} = {toml_value(getattr(section, key))}")
     return lines
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, BaseModel):
-        pairs = (f"{key} = {_value(getattr(value, key))}" for key in type(value).model_fields)
-        return f"{{{', '.join(pairs)}}}"
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(_value(item) for item in value)}]"
-    return tomlkit.item(value).as_string()

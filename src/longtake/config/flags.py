@@ -69,8 +69,10 @@ def _size(flags: Flags, table: Table, given: Table) -> Iterator[Override]:
     if flags.width is None and flags.height is None:
         return
     size = given.get("data.size", _get(table, "data", "size", DataConfig.model_fields["size"].default))
-    whole = isinstance(size, list | tuple) and len(size) == 2
-    width, height = size if whole else (None, None)
+    if flags.width is None or flags.height is None:
+        if not isinstance(size, list | tuple) or len(size) != 2:
+            return  # what is no size is named when the file is loaded
+        width, height = size
     sides = [width if flags.width is None else flags.width, height if flags.height is None else flags.height]
     flag = "/".join(name for name in ("width", "height") if getattr(flags, name) is not None)
     yield Override("data.size", sides, f"--{flag.replace('/', '/--')}")

@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from longtake.config.problems import describe
+from longtake.config.meant import meant_key
+from longtake.config.problems import Source, describe
 from longtake.config.schema import RunConfig
 from longtake.errors import ConfigError, Problem
 
@@ -44,7 +45,9 @@ def parse_set(assignments: Sequence[str]) -> list[Override]:
     for text in assignments:
         key, equals, value = text.partition("=")
         if not equals or "." not in key:
-            problems.append(Problem(f"cannot read {text!r}", "--set", "write section.key=value"))
+            meant = meant_key(key.strip(), ()) if equals else ""
+            remedy = f"write section.key=value{f'; did you mean {meant}?' if meant else ''}"
+            problems.append(Problem(f"cannot read {text!r}", "--set", remedy, code="config-set-unreadable"))
             continue
         overrides.append(Override(key.strip(), _toml_value(value.strip()), f"--set {key.strip()}"))
     if problems:
@@ -63,7 +66,9 @@ def absolute(config: RunConfig, folder: Path) -> RunConfig:
         try:
             return _full(text, folder)
         except (RuntimeError, ValueError) as error:
-            problems.append(Problem(f"{text!r} cannot be a path ({error})", key, "write another one"))
+            problems.append(
+                Problem(f"{text!r} cannot be a path ({error})", key, "write another one", code="config-path-unusable")
+            )
             return text
 
     model, data, validation = config.model, config.data, config.data.validation
@@ -122,7 +127,7 @@ def _validated(table: Table, text: str, where: str, overrides: Sequence[Override
         return RunConfig.model_validate(table)
     except ValidationError as error:
         flags = {override.key: override.flag for override in overrides}
-        raise ConfigError(describe(error.errors(), where, text, flags)) from None
+        raise ConfigError(describe(error.errors(), Source(where, text, flags))) from None
 
 
 def _read(path: Path) -> str:
@@ -130,11 +135,13 @@ def _read(path: Path) -> str:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         remedy = "make one with `longtake init`"
-        raise ConfigError(Problem("there is no such file", str(path), remedy)) from None
+        raise ConfigError(Problem("there is no such file", str(path), remedy, code="config-not-found")) from None
     except UnicodeDecodeError:
-        raise ConfigError(Problem("the file is not UTF-8", str(path), "save it as UTF-8")) from None
+        problem = Problem("the file is not UTF-8", str(path), "save it as UTF-8", code="config-not-utf8")
+        raise ConfigError(problem) from None
     except OSError as error:
-        raise ConfigError(Problem(f"cannot read the file: {error.strerror}", str(path))) from None
+        what = f"cannot read the file: {error.strerror}"
+        raise ConfigError(Problem(what, str(path), "give the path of a TOML file", code="config-unreadable")) from None
 
 
 def _full(text: str, folder: Path) -> str:
@@ -148,9 +155,11 @@ def _parsed(text: str, path: Path) -> Table:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(Problem(f"this is no valid TOML: {error}", str(path), "mend that line")) from None
+        what = f"this is no valid TOML: {error}"
+        raise ConfigError(Problem(what, str(path), "mend that line", code="config-not-toml")) from None
     except RecursionError:
-        raise ConfigError(Problem("tables or arrays are nested too deeply", str(path), "mend the file")) from None
+        what = "tables or arrays are nested too deeply"
+        raise ConfigError(Problem(what, str(path), "mend the file", code="config-too-deep")) from None
 
 
 def _put(table: Table, override: Override) -> None:
@@ -158,7 +167,8 @@ def _put(table: Table, override: Override) -> None:
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
-            raise ConfigError(Problem(f"{section} is no section", override.flag, "write section.key=value"))
+            what, remedy = f"{section} is no section", "write section.key=value"
+            raise ConfigError(Problem(what, override.flag, remedy, code="config-not-a-section"))
     table[key] = override.value
 
 

@@ -1,51 +1,106 @@
-"""What pydantic found wrong with a config, in the user's words: where, what, and the nearest key that exists."""
+"""What pydantic found wrong with a config, in the user's words: where, what, and what was meant."""
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, get_args
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from pydantic import BaseModel
-
-from longtake.config.schema import RunConfig
+from longtake.config.meant import Key, key_remedy, keys_at, meant_key, meant_section, spelled, value_remedy
+from longtake.config.shown import toml_value
 from longtake.errors import Problem
 
-Key = tuple[str | int, ...]
-"""Names of section and keys, with the index of an array's item as a number."""
-
+NO_SUCH_KEY = "there is no such key"
 _WHAT = {
     "missing": "this key is required",
-    "extra_forbidden": "there is no such key",
+    "extra_forbidden": NO_SUCH_KEY,
     "tuple_type": "must be an array",
     "model_type": "must be a section or a table",
     "string_too_short": "must not be empty",
 }
+CODES = {
+    "missing": "config-key-missing",
+    "extra_forbidden": "config-unknown-key",
+    "literal_error": "config-unknown-choice",
+    "string_too_short": "config-value-empty",
+    "too_long": "config-array-length",
+    "too_short": "config-array-length",
+    "value_error": "model-not-given",
+    "greater_than": "config-out-of-range",
+    "greater_than_equal": "config-out-of-range",
+    "less_than": "config-out-of-range",
+    "less_than_equal": "config-out-of-range",
+    "finite_number": "config-out-of-range",
+}
+"""Of pydantic's kinds; all others are a "config-wrong-type"."""
 _SHOWN_CHARACTERS = 80
 
 
-def describe(details: Iterable[Mapping[str, Any]], file: str, text: str, flags: Mapping[str, str]) -> list[Problem]:
-    """One problem for each wrong key among `details`, which are `ValidationError.errors()`.
+@dataclass(frozen=True)
+class Source:
+    """Where keys were set: the content of a file, and on the command line (key -> how the user spelled that)."""
 
-    `text` is the content of `file`, where the lines are looked up; `flags` maps the keys that were set on the command
-    line to how the user spelled that.
-    """
+    file: str
+    text: str
+    flags: Mapping[str, str]
+
+    def where(self, key: Key) -> str:
+        """The flag that set `key`, or its line in the file."""
+        return self.flag(key) or self.line(key)
+
+    def flag(self, key: Key) -> str:
+        """The flag that set `key`, a part of it, or what it is a part of; empty where none did."""
+        name = spelled(key)
+        for flagged, flag in self.flags.items():
+            if name == flagged or name.startswith((f"{flagged}.", f"{flagged}[")) or flagged.startswith(f"{name}."):
+                return flag
+        return ""
+
+    def line(self, key: Key) -> str:
+        """`run.toml:3: section.key`."""
+        line = _line_of(self.text, key)
+        return f"{self.file}{f':{line}' if line else ''}: {spelled(key)}"
+
+
+def describe(details: Iterable[Mapping[str, Any]], source: Source) -> list[Problem]:
+    """The problems of each wrong key among `details`, which are `ValidationError.errors()`."""
     found: dict[Key, Mapping[str, Any]] = {}
     for detail in details:
         key = _without_union_arms(detail["loc"])
         # of a union the arm whose type fits says more than the others
         if key not in found or str(found[key]["type"]).endswith("_type"):
             found[key] = detail
-    return [Problem(_what(d, key), _where(key, file, text, flags), _remedy(d["type"], key)) for key, d in found.items()]
+    return [problem for key, detail in found.items() for problem in _problems(key, detail, source)]
 
 
-def keys_of(section: type[BaseModel]) -> list[str]:
-    """The keys of a section, in order."""
-    return list(section.model_fields)
+def _problems(key: Key, detail: Mapping[str, Any], source: Source) -> Iterator[Problem]:
+    kind = detail["type"]
+    if kind == "extra_forbidden" and len(key) == 1 and _is_section(str(key[0]), detail["input"]):
+        yield from _unknown_section(str(key[0]), detail["input"], source)
+        return
+    code = "config-array-length" if kind == "missing" and isinstance(key[-1], int) else CODES.get(kind)
+    yield Problem(_what(detail, key), source.where(key), _remedy(detail, key), code=code or "config-wrong-type")
 
 
-def spelled(key: Key) -> str:
-    """`data.size[1]` for ("data", "size", 1)."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).removeprefix(".")
+def _unknown_section(name: str, table: Any, source: Source) -> Iterator[Problem]:
+    """The section where the file has it, and each key in it that was set by a flag or is of another section."""
+    meant = meant_section(name)
+    place = (meant,) if meant else ()
+    keys = table if isinstance(table, dict) else {key: value for each in table for key, value in each.items()}
+    flags = {key: source.flag((name, key)) for key in keys}
+    if not all(flags.values()) or not keys:
+        remedy = f"did you mean {meant}?" if meant else key_remedy(name, ())
+        yield Problem(NO_SUCH_KEY, source.line((name,)), remedy, code="config-unknown-key")
+    for key, value in keys.items():
+        misplaced = key not in keys_at(place) if meant else bool(meant_key(key, (), name))
+        if flags[key] or misplaced:
+            remedy = key_remedy(key, place, value, name)
+            yield Problem(NO_SUCH_KEY, flags[key] or source.line((name, key)), remedy, code="config-unknown-key")
+
+
+def _is_section(name: str, value: Any) -> bool:
+    """Whether it is a table, or an array of them as `[[name]]` makes them, and not the value of a key of ours."""
+    tables = value if isinstance(value, list) and value else [value]
+    return all(isinstance(each, dict) for each in tables) and bool(meant_section(name) or not meant_key(name, ()))
 
 
 def _without_union_arms(location: Key) -> Key:
@@ -65,21 +120,35 @@ def _what(detail: Mapping[str, Any], key: Key) -> str:
     message = str(detail["msg"]).removeprefix("Value error, ")
     if kind == "value_error":
         return message
+    if kind == "literal_error":
+        message = message.replace("'", '"')
     return f"{_WHAT.get(kind) or message.replace('Input should', 'must')}, not {_shown(detail['input'])}"
 
 
 def _shown(value: Any) -> str:
-    text = {True: "true", False: "false"}.get(value, "") if isinstance(value, bool) else repr(value)
+    text = toml_value(value)
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
-def _where(key: Key, file: str, text: str, flags: Mapping[str, str]) -> str:
-    name = spelled(key)
-    for flagged, flag in flags.items():
-        if name == flagged or name.startswith((f"{flagged}.", f"{flagged}[")) or flagged.startswith(f"{name}."):
-            return flag
-    line = _line_of(text, key)
-    return f"{file}{f':{line}' if line else ''}: {name}"
+def _remedy(detail: Mapping[str, Any], key: Key) -> str:
+    kind, value = detail["type"], detail["input"]
+    if kind == "missing" and isinstance(key[-1], str):
+        return f"add {key[-1]} = ... under [{spelled(key[:-1])}]" if len(key) > 1 else f"add a section [{key[0]}]"
+    if kind == "extra_forbidden":
+        return key_remedy(str(key[-1]), key[:-1], value)
+    if kind == "literal_error":
+        return value_remedy(value, key)
+    if kind == "model_type" and len(key) == 1:
+        return f"write [{key[0]}] and, under it, its keys: {', '.join(keys_at(key))}"
+    if kind in ("int_type", "float_type", "bool_type") and isinstance(value, str):
+        return _unquoted(kind, value)
+    return ""
+
+
+def _unquoted(kind: str, text: str) -> str:
+    """What to do about a number or a truth value that was written as a text."""
+    patterns = {"int_type": r"\d+", "float_type": r"-?\d+(\.\d+)?([eE][+-]?\d+)?", "bool_type": r"true|false"}
+    return f"write {text}, without quotes" if re.fullmatch(patterns[kind], text) else ""
 
 
 def _line_of(text: str, key: Key) -> int | None:
@@ -97,47 +166,3 @@ def _line_of(text: str, key: Key) -> int | None:
 def _assigned(line: str) -> str | None:
     match = re.match(r"""\s*["']?([\w-]+)["']?\s*[=.]""", line)
     return match[1] if match else None
-
-
-def _remedy(kind: str, key: Key) -> str:
-    if kind == "missing" and isinstance(key[-1], str):
-        return f"add {key[-1]} = ... under [{spelled(key[:-1])}]" if len(key) > 1 else f"add a section [{key[0]}]"
-    return _nearest(str(key[-1]), _model_at(key[:-1])) if kind == "extra_forbidden" else ""
-
-
-def _nearest(name: str, place: type[BaseModel]) -> str:
-    """Which key was meant by `name` in `place`: one called so elsewhere, a like one here, a like one elsewhere."""
-    siblings = keys_of(place)
-    sections = {section: keys_of(_model_at((section,))) for section in keys_of(RunConfig)}
-    if place is not RunConfig and name in sections:
-        return f"[{name}] is a section of its own"
-    near = difflib.get_close_matches(name.lower(), siblings, n=1, cutoff=0.85)
-    near = near or [f"{section}.{name}" for section, keys in sections.items() if name in keys]
-    near = near or difflib.get_close_matches(name.lower(), siblings, n=1)
-    near = near or _like_elsewhere(name.lower(), sections)
-    if near:
-        return f"did you mean {'.'.join(near[:1])}?"
-    return f"the {'sections' if place is RunConfig else 'keys here'} are {', '.join(siblings)}"
-
-
-def _like_elsewhere(name: str, sections: Mapping[str, Sequence[str]]) -> list[str]:
-    homes = {key: section for section, keys in reversed([*sections.items()]) for key in keys}
-    return [f"{homes[key]}.{key}" for key in difflib.get_close_matches(name, list(homes), n=1, cutoff=0.75)]
-
-
-def _model_at(key: Key) -> type[BaseModel]:
-    """The section, or the table within one, that `key` leads to."""
-    model: type[BaseModel] = RunConfig
-    for part in key:
-        if isinstance(part, str):
-            found = _model_in(model.model_fields[part].annotation)
-            assert found is not None
-            model = found
-    return model
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    found = (_model_in(argument) for argument in get_args(annotation))
-    return next((model for model in found if model is not None), None)

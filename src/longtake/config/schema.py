@@ -57,6 +57,8 @@ class DataConfig(Section):
 
     source: Filled
     """A folder of `clip.mp4` + `clip.txt`, or a CSV, JSON or JSONL file with columns `video` and `prompt`."""
+    allow_links: Switch = False
+    """Let links, `..` and absolute paths lead out of the source's folder. For data that you trust."""
     cache: Filled = "cache/"
     """Folder of the conditioning cache that `longtake prepare` fills."""
     validation: Fraction | Filled = 0.05
@@ -69,6 +71,8 @@ class DataConfig(Section):
     """Width and height in pixels; each divides by 16 (by 32 for the 5B)."""
     frames_schedule: tuple[tuple[Whole, Positive], ...] = ()
     """Curriculum: pairs of (from this step on, frames). Empty: `num_frames` from the first step."""
+    workers: Whole = 0
+    """Processes that read clips ahead, each with a batch in host memory; 0: one thread. Changes no result."""
 
 
 class LoraConfig(Section):

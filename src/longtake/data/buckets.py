@@ -41,15 +41,17 @@ def check_shape(spec: ModelSpec, num_frames: int, size: tuple[int, int]) -> list
     stride, divisor = spec.temporal_stride, spec.size_divisor
     if num_frames < 1 or (num_frames - 1) % stride:
         near = _nearest(num_frames - 1, stride, lambda steps: stride * steps + 1, least=0)
-        problems.append(Problem(f"{num_frames} frames is not {stride}n+1", "data.num_frames", f"take {near}"))
+        what = f"{num_frames} frames is not {stride}n+1"
+        problems.append(Problem(what, "data.num_frames", f"take {near}", code="frames-not-4n1"))
     elif num_frames == 1 and not _takes_stills(spec):
         remedy = f"take {stride + 1} or more"
-        problems.append(Problem(f"{spec.name} cannot learn from single frames", "data.num_frames", remedy))
+        what = f"{spec.name} cannot learn from single frames"
+        problems.append(Problem(what, "data.num_frames", remedy, code="frames-single"))
     for side, pixels in zip(("width", "height"), size, strict=True):
         if pixels < divisor or pixels % divisor:
             near = _nearest(pixels, divisor, lambda steps: divisor * steps, least=1)
             what = f"{side} {pixels} does not divide by {divisor}, as {spec.name} needs"
-            problems.append(Problem(what, "data.size", f"take {near}"))
+            problems.append(Problem(what, "data.size", f"take {near}", code="size-indivisible"))
     return problems
 
 
@@ -63,7 +65,8 @@ def stage_frames(num_frames: int, schedule: tuple[tuple[int, int], ...]) -> list
     steps = [step for step, _ in schedule]
     if steps[0] != 0 or steps != sorted(set(steps)):
         what = f"the schedule's steps are {steps}"
-        raise ConfigError(Problem(what, "data.frames_schedule", "begin at step 0 and let the steps rise"))
+        remedy = "begin at step 0 and let the steps rise"
+        raise ConfigError(Problem(what, "data.frames_schedule", remedy, code="schedule-order"))
     return list(schedule)
 
 
@@ -95,7 +98,8 @@ def assign(
             clips[BucketedClip(record, info, Bucket(count, height, width), window)] = None
     if swapped:
         what = f"{swapped} of {len(records)} clips are {'upright' if size[0] > size[1] else 'lying'}"
-        problems.append(Problem(f"{what} and are trained at {size[1]}x{size[0]}", "data.size"))
+        what = f"{what} and are trained at {size[1]}x{size[0]}"
+        problems.append(Problem(what, "data.size", code="clips-turned"))
     return list(clips), problems
 
 
@@ -107,22 +111,23 @@ def _counts(
         if _takes_stills(spec):
             return [1], None
         remedy = "leave it out: this model learns from clips, whose first frame it is given"
-        return [], Problem(f"{record.path.name} is a still image", record.where, remedy)
+        return [], Problem(f"{record.path.name} is a still image", record.where, remedy, code="clip-still")
     start = record.start or 0.0
     if start >= info.duration:
         what = f"start is {start:g} s, and {record.path.name} ends at {info.duration:.2f} s"
-        return [], Problem(what, record.where, "correct start")
+        return [], Problem(what, record.where, "correct start", code="row-start-late")
     room = _room(record, info, spec)
     what = f"{record.path.name} has {room} frames at {spec.fps} fps"
     if room < LADDER[0]:
-        return [], Problem(what, record.where, f"give a clip of {LADDER[0]} or more, or leave it out")
+        remedy = f"give a clip of {LADDER[0]} or more, or leave it out"
+        return [], Problem(what, record.where, remedy, code="clip-too-short")
     counts = [_longest(room, wanted, frames) for wanted in frames]
     short = sorted({wanted for wanted, count in zip(frames, counts, strict=True) if count < wanted})
     if not short:
         return list(dict.fromkeys(counts)), None
     wanted = ", ".join(str(count) for count in short)
     used = f"it is used at {_longest(room, short[0], frames)} instead of {wanted}"
-    return list(dict.fromkeys(counts)), Problem(f"{what}: {used}", record.where)
+    return list(dict.fromkeys(counts)), Problem(f"{what}: {used}", record.where, code="clip-shorter")
 
 
 def _room(record: ClipRecord, info: ClipInfo, spec: ModelSpec) -> int:

@@ -18,6 +18,8 @@ from longtake.errors import CacheError, Problem
 
 FORMAT = 1
 STALE_SECONDS = 3600.0
+CONTENT = "content"
+"""Key under which an entry and a manifest carry the hash of what else they hold."""
 Kind = Literal["latents", "images", "texts"]
 
 
@@ -61,60 +63,78 @@ class Cache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def path(self, kind: Kind, key: str) -> Path:
+        """Where the entry is, or would be."""
+        return self.folder / kind / f"{key}.safetensors"
+
     def has(self, kind: Kind, key: str) -> bool:
         """Whether the entry exists (it is complete if it does: entries appear by renaming)."""
-        return self._path(kind, key).is_file()
+        return self.path(kind, key).is_file()
 
     def write(self, kind: Kind, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Stores finite `tensors` under `key`, atomically; raises CacheError where a value is not finite."""
         for name, tensor in tensors.items():
             if not bool(torch.isfinite(tensor).all()):
-                raise CacheError(Problem(f"{name} has values that are not finite", f"{kind}/{key}", "look at the clip"))
-        metadata = {"content": _content(tensors)}  # one key: the library writes several in any order
+                what = f"{name} has values that are not finite"
+                raise CacheError(Problem(what, f"{kind}/{key}", "look at the clip", code="cache-not-finite"))
+        metadata = {CONTENT: _content(tensors)}  # one key: the library writes several in any order
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         needed = sum(tensor.nbytes for tensor in contiguous.values())
-        files.write_file(self._path(kind, key), lambda path: save_file(contiguous, path, metadata), needed)
+        files.write_file(self.path(kind, key), lambda path: save_file(contiguous, path, metadata), needed)
 
     def read(self, kind: Kind, key: str) -> dict[str, torch.Tensor]:
         """The tensors of an entry; raises CacheError where it is missing or has changed since it was written."""
-        path = self._path(kind, key)
+        path = self.path(kind, key)
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                expected = (file.metadata() or {}).get("content")
+                expected = (file.metadata() or {}).get(CONTENT)
         except (OSError, SafetensorError) as error:
             remedy = "delete it and run `longtake prepare` again"
-            raise CacheError(Problem(f"the entry cannot be read ({error})", str(path), remedy)) from None
+            what = f"the entry cannot be read ({error})"
+            raise CacheError(Problem(what, str(path), remedy, code="cache-entry-unreadable")) from None
         if _content(tensors) != expected:
             remedy = "delete it and run `longtake prepare` again"
-            raise CacheError(Problem("the entry has changed since it was written", str(path), remedy))
+            what = "the entry has changed since it was written"
+            raise CacheError(Problem(what, str(path), remedy, code="cache-entry-changed"))
         return tensors
 
     def reject(self, kind: Kind, key: str, problem: Problem) -> None:
         """Notes why the entry cannot be made, for the other ranks."""
-        files.write_json(self._rejection(kind, key), {"what": problem.what, "remedy": problem.remedy})
+        files.write_json(
+            self._rejection(kind, key), {name: getattr(problem, name) for name in ("what", "remedy", "code")}
+        )
 
     def rejection(self, kind: Kind, key: str) -> Problem | None:
-        """Why an entry that is not there could not be made; None where nobody noted anything."""
+        """Why an entry that is not there could not be made; None where nobody noted anything that can be read."""
         if self.has(kind, key) or not self._rejection(kind, key).is_file():
             return None
-        return Problem(**json.loads(self._rejection(kind, key).read_text(encoding="utf-8")))
+        try:
+            noted = json.loads(self._rejection(kind, key).read_text(encoding="utf-8"))
+            code = str(noted.get("code", ""))
+            return Problem(str(noted["what"]), "", str(noted["remedy"]), code=code)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None  # a note only: the entry is tried again, and why it fails noted anew
 
     def write_manifest(self, manifest: Manifest) -> Path:
-        """Stores the list of a data set's entries under the key of its settings."""
-        path = self._manifest(manifest.settings)
-        files.write_json(path, asdict(manifest))
+        """Stores the list of a data set's entries under the key of its settings, with a hash of it."""
+        path, table = self._manifest(manifest.settings), asdict(manifest)
+        files.write_json(path, {**table, CONTENT: digest(table)})
         return path
 
     def read_manifest(self, settings: dict[str, Any]) -> Manifest:
-        """The manifest of `settings`; raises CacheError that names what differs from the nearest one there is."""
+        """The manifest of `settings`; raises CacheError that names what differs from the nearest one there is.
+
+        And where it was changed since it was written, by its hash, which those of earlier versions lack, or its name.
+        """
         path = self._manifest(settings)
         if not path.is_file():
             raise CacheError(self._missing(settings))
         manifest = _manifest_of(path)
         if absent := self.missing(manifest):
             what = f"{absent} of {len({*_keys(manifest)})} entries are missing"
-            raise CacheError(Problem(what, str(self.folder), "run `longtake prepare` again"))
+            remedy = "run `longtake prepare` again"
+            raise CacheError(Problem(what, str(self.folder), remedy, code="cache-entries-missing"))
         return manifest
 
     def missing(self, manifest: Manifest) -> int:
@@ -134,14 +154,10 @@ class Cache:
         others = [_manifest_of(path) for path in sorted(self.folder.glob("manifests/*.json"))]
         remedy = "run `longtake prepare` with this config"
         if not others:
-            return Problem("the cache has not been prepared", str(self.folder), remedy)
+            return Problem("the cache has not been prepared", str(self.folder), remedy, code="cache-not-prepared")
         differences = [_differences(other.settings, settings) for other in others]
-        return Problem(
-            f"the cache was prepared with other settings: {min(differences, key=len)}", str(self.folder), remedy
-        )
-
-    def _path(self, kind: Kind, key: str) -> Path:
-        return self.folder / kind / f"{key}.safetensors"
+        what = f"the cache was prepared with other settings: {min(differences, key=len)}"
+        return Problem(what, str(self.folder), remedy, code="cache-other-settings")
 
     def _rejection(self, kind: Kind, key: str) -> Path:
         return self.folder / kind / f"{key}.rejected.json"
@@ -162,11 +178,17 @@ def _keys(manifest: Manifest) -> Iterator[tuple[Kind, str]]:
 def _manifest_of(path: Path) -> Manifest:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
+        written = table.pop(CONTENT, None)
         entries = tuple(_entry(row) for row in table["entries"])
-        return Manifest(table["settings"], entries, table["empty_text"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        manifest = Manifest(table["settings"], entries, table["empty_text"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         remedy = "delete it and run `longtake prepare` again"
-        raise CacheError(Problem(f"the manifest cannot be read ({error})", str(path), remedy)) from None
+        what = f"the manifest cannot be read ({error})"
+        raise CacheError(Problem(what, str(path), remedy, code="cache-manifest-unreadable")) from None
+    if path.stem != digest(manifest.settings) or written not in (None, digest(table)):
+        what, remedy = "the manifest has changed since it was written", "delete it and run `longtake prepare` again"
+        raise CacheError(Problem(what, str(path), remedy, code="cache-manifest-changed"))
+    return manifest
 
 
 def _entry(row: dict[str, Any]) -> Entry:

@@ -104,7 +104,7 @@ def read_rows(data: DataConfig, spec: ModelSpec, listener: Listener) -> dict[Spl
         sources["validation"] = data.validation
     found: dict[Split, list[ClipRecord]] = {}
     for split, source in sources.items():
-        records, problems = read_source(Path(source), image_allowed=spec.task in ("t2v", "ti2v"))
+        records, problems = read_source(Path(source), spec.task in ("t2v", "ti2v"), data.allow_links)
         found[split] = listener.usable(records, problems, split)
     return found
 
@@ -145,7 +145,8 @@ def in_buckets(
 def check_trainable(placed: Sequence[Placed], data: DataConfig, spec: ModelSpec, say: Callable[[str], None]) -> None:
     """Raises DataError where there is nothing to train on; says so where there are only stills."""
     if not any(item.split == "train" for item in placed):
-        raise DataError(Problem("no clip can be used", data.source, "mend the clips named above"))
+        remedy = "mend the clips named above"
+        raise DataError(Problem("no clip can be used", data.source, remedy, code="data-no-clip"))
     if all(item.clip.info.is_image for item in placed if item.split == "train"):
         say(f"{data.source}: all clips are still images: {spec.name} will learn how things look, and no motion")
 

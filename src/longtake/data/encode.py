@@ -44,7 +44,8 @@ def component_root(root: Path | None, name: str) -> Path:
     """The folder of VAE and encoders; raises ModelError where the model was given without."""
     if root is None:
         remedy = "set model.components to a folder or hub id that has vae, text_encoder and tokenizer"
-        raise ModelError(Problem("only a transformer was given; VAE and encoders are needed", name, remedy))
+        what = "only a transformer was given; VAE and encoders are needed"
+        raise ModelError(Problem(what, name, remedy, code="model-without-components"))
     return root
 
 
@@ -93,7 +94,8 @@ def prepare(
             failed |= share.rejected(work)
     manifest = Manifest(settings, tuple(_without(entries, placed, failed)), keys.text(""))
     if missing := cache.missing(manifest):
-        raise CacheError(Problem(f"{missing} entries are missing", str(cache.folder), "run `longtake prepare` again"))
+        what, remedy = f"{missing} entries are missing", "run `longtake prepare` again"
+        raise CacheError(Problem(what, str(cache.folder), remedy, code="cache-entries-missing"))
     cache.write_manifest(manifest)
     return manifest
 

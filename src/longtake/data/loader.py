@@ -1,23 +1,20 @@
-"""Which entries a step trains on, as a function of the step alone, and reading them ahead of need."""
+"""Which entries a step trains on, as a function of the step alone, and reading them."""
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from math import gcd
-from typing import Generic, TypeVar
+from typing import Any
 
 import torch
 
-from longtake.data.cache import Cache, Entry
+from longtake.data.cache import Cache, Entry, Kind
 from longtake.errors import CacheError, Problem
 
 Stage = tuple[int, int]
 """(first step, frames) of a stage of the curriculum."""
-
-Loaded = TypeVar("Loaded")
 
 
 @dataclass(frozen=True)
@@ -48,16 +45,16 @@ class BucketSampler:
         self.buckets = [_buckets(entries, frames) for _, frames in stages]
         empty = [frames for (_, frames), buckets in zip(stages, self.buckets, strict=True) if not buckets]
         if empty:
-            raise CacheError(Problem(f"no clip is left to train on at {empty} frames", "data", "add clips"))
-        self._lap = lru_cache(maxsize=8)(self._lap_order)
+            what = f"no clip is left to train on at {empty} frames"
+            raise CacheError(Problem(what, "data", "add clips", code="data-no-clip-at-frames"))
 
     def batch(self, step: int) -> list[Visit]:
         """The visits of the global batch of optimiser step `step`, all of one bucket."""
         stage = max(index for index, (first, _) in enumerate(self.stages) if first <= step)
         within = step - self.stages[stage][0]
-        lap_size = len(self._lap(stage, 0))
-        lap, position = divmod(within, lap_size)
-        order = self._lap(stage, lap)
+        sizes = tuple(len(entries) for entries in self.buckets[stage])
+        lap, position = divmod(within, len(_lap_order(self.seed, stage, 0, sizes)))
+        order = _lap_order(self.seed, stage, lap, sizes)
         bucket = order[position]
         batch = lap * order.count(bucket) + order[:position].count(bucket)
         first = batch * self.global_batch_size
@@ -87,13 +84,6 @@ class BucketSampler:
         random.Random(f"{self.seed}:{stage}:{bucket}:{epoch}").shuffle(order)
         return Visit(entries[order[position]], stage, epoch)
 
-    def _lap_order(self, stage: int, lap: int) -> list[int]:
-        sizes = [len(entries) for entries in self.buckets[stage]]
-        unit = gcd(*sizes)
-        order = [bucket for bucket, size in enumerate(sizes) for _ in range(size // unit)]
-        random.Random(f"{self.seed}:{stage}:{lap}").shuffle(order)
-        return order
-
 
 @dataclass(frozen=True)
 class Tensors:
@@ -111,36 +101,51 @@ class Tensors:
 
 
 class EntryReader:
-    """Reads and checks the tensors of entries."""
+    """Reads and checks the tensors of entries; pickled, it reads the empty caption again where it goes.
+
+    `reading` is the file that is being read, for a line that says what does not come.
+    """
 
     def __init__(self, cache: Cache, empty_text: str) -> None:
         self.cache = cache
-        self.empty = cache.read("texts", empty_text)["prompt_embeds"]
+        self.empty_text = empty_text
+        self.reading = ""
+        assert self.empty is not None  # read now: what is damaged is said before anything begins
+
+    @cached_property
+    def empty(self) -> torch.Tensor:
+        """The embedding of the empty caption; raises CacheError."""
+        return self._read("texts", self.empty_text)["prompt_embeds"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"cache": self.cache, "empty_text": self.empty_text, "reading": ""}
 
     def read(self, entry: Entry) -> Tensors:
-        """All tensors of `entry`; raises CacheError where one is missing or damaged."""
-        latents = self.cache.read("latents", entry.latents)
-        image = self.cache.read("images", entry.image)["image_embeds"] if entry.image else None
-        prompt = self.cache.read("texts", entry.text)["prompt_embeds"]
-        return Tensors(latents["latents"], latents.get("condition"), image, prompt, self.empty)
+        """All tensors of `entry`; raises CacheError, which names the clip, where one is missing or damaged."""
+        try:
+            latents = self._read("latents", entry.latents)
+            image = self._read("images", entry.image)["image_embeds"] if entry.image else None
+            prompt = self._read("texts", entry.text)["prompt_embeds"]
+            return Tensors(latents["latents"], latents.get("condition"), image, prompt, self.empty)
+        except CacheError as error:
+            named = [replace(problem, what=f"{problem.what}, of clip {entry.where}") for problem in error.problems]
+            raise CacheError(named) from None
+
+    def _read(self, kind: Kind, key: str) -> dict[str, torch.Tensor]:
+        self.reading = str(self.cache.path(kind, key))
+        try:
+            return self.cache.read(kind, key)
+        finally:
+            self.reading = ""
 
 
-class Prefetcher(Generic[Loaded]):
-    """Calls `load` for the next step on a thread while the current one is used."""
-
-    def __init__(self, load: Callable[[int], Loaded], last: int) -> None:
-        self.load = load
-        self.last = last
-
-    def steps(self, first: int) -> Iterator[tuple[int, Loaded]]:
-        """(step, loaded) from `first` to before `last`, in order; errors of `load` are raised here."""
-        with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:
-            ahead = pool.submit(self.load, first) if first < self.last else None
-            for step in range(first, self.last):
-                assert ahead is not None
-                loaded = ahead.result()
-                ahead = pool.submit(self.load, step + 1) if step + 1 < self.last else None
-                yield step, loaded
+@lru_cache(maxsize=32)
+def _lap_order(seed: int, stage: int, lap: int, sizes: tuple[int, ...]) -> list[int]:
+    """The buckets, by number, in the order in which a lap has them."""
+    unit = gcd(*sizes)
+    order = [bucket for bucket, size in enumerate(sizes) for _ in range(size // unit)]
+    random.Random(f"{seed}:{stage}:{lap}").shuffle(order)
+    return order
 
 
 def _buckets(entries: Sequence[Entry], frames: int) -> list[list[Entry]]:

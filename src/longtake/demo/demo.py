@@ -123,7 +123,8 @@ def _film_clips(folder: Path, reporter: Reporter) -> list[dict[str, Any]]:
         for done, shot in enumerate(chosen, 1):
             clip = folder / f"shot-{shot['start']:05.1f}.mp4"
             if not clip.exists():
-                frames = read_clip(path, Window(shot["start"], shot["frames"], shot["fps"]), (2 * SIZE[0], 2 * SIZE[1]))
+                window = Window(shot["start"], shot["frames"], shot["fps"])
+                frames = read_clip(path.resolve(), window, (2 * SIZE[0], 2 * SIZE[1]))
                 files.write_file(clip, lambda staged, frames=frames: write_clip(frames, staged, 16))  # type: ignore[misc]
             rows.append({**shot, "video": clip.name, "start": 0.0})
             advance(done, "")
@@ -140,5 +141,5 @@ def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def _write_first_frame(clip: Path, image: Path) -> None:
     """The first frame of the held-out window of `clip`, from which the demo's video starts."""
-    frame = read_clip(clip, Window(HELD_FROM / 16, 1, 16.0), SIZE)[0]
+    frame = read_clip(clip.resolve(), Window(HELD_FROM / 16, 1, 16.0), SIZE)[0]
     files.write_file(image, lambda staged: Image.fromarray(frame.permute(1, 2, 0).numpy()).save(staged, format="PNG"))

@@ -20,7 +20,7 @@ def frame_psnr(video: Tensor, reference: Tensor) -> float:
 
 def unseen_shots(film: Path, frames: int) -> dict[float, Tensor]:
     """Start in seconds -> the first `frames` frames at 16 fps of each shot that no bundled weight was trained on."""
-    return {start: read_clip(film, Window(start, frames, 16.0), SIZE) for start in UNSEEN_STARTS}
+    return {start: read_clip(film.resolve(), Window(start, frames, 16.0), SIZE) for start in UNSEEN_STARTS}
 
 
 @torch.no_grad()

@@ -61,9 +61,10 @@ def visible(variable: str | None, gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
         gpu = _named(entry, gpus, variable)
         if _kind(entry) != _kind(entries[0]):
             what = f"{entry!r} is of another kind than {entries[0]!r}, and torch would see none from there on"
-            raise _wrong(variable, what, "give only indices or only UUIDs")
+            raise _wrong(variable, what, "give only indices or only UUIDs", "gpus-kinds-mixed")
         if gpu in found:
-            raise _wrong(variable, f"{entry!r} is GPU {gpu} once more, and CUDA would see none", "name each GPU once")
+            what = f"{entry!r} is GPU {gpu} once more, and CUDA would see none"
+            raise _wrong(variable, what, "name each GPU once", "gpus-named-twice")
         found.append(gpu)
     return tuple(found)
 
@@ -74,7 +75,7 @@ def choose(wanted: int, variable: str | None, gpus: Sequence[Gpu]) -> tuple[Gpu,
     `variable` is CUDA_VISIBLE_DEVICES, `gpus` what is installed. Raises ConfigError where fewer are visible.
     """
     if wanted < 1:
-        raise ConfigError(Problem(f"{wanted} GPUs were asked for", "--gpus", "use 1 or more"))
+        raise ConfigError(Problem(f"{wanted} GPUs were asked for", "--gpus", "use 1 or more", code="gpus-none-asked"))
     seen = visible(variable, gpus)
     if not seen or wanted <= len(seen):
         return seen[:wanted]
@@ -82,7 +83,9 @@ def choose(wanted: int, variable: str | None, gpus: Sequence[Gpu]) -> tuple[Gpu,
     remedy = f"use --gpus {len(seen)}"
     if variable is not None and len(gpus) > len(seen):
         remedy += f", or name more of the {len(gpus)} that are installed in {VARIABLE}"
-    raise ConfigError(Problem(what, "--gpus" if variable is None else f"--gpus, {VARIABLE}={variable}", remedy))
+    raise ConfigError(
+        Problem(what, "--gpus" if variable is None else f"--gpus, {VARIABLE}={variable}", remedy, code="gpus-too-few")
+    )
 
 
 def idle(used: int, seen: Sequence[Gpu]) -> str:
@@ -96,7 +99,9 @@ def idle(used: int, seen: Sequence[Gpu]) -> str:
 
 def _named(entry: str, gpus: Sequence[Gpu], variable: str) -> Gpu:
     if entry != entry.strip():
-        raise _wrong(variable, f"torch finds no UUID with spaces, as in {entry!r}", "remove them")
+        raise _wrong(
+            variable, f"torch finds no UUID with spaces, as in {entry!r}", "remove them", "gpus-uuid-with-spaces"
+        )
     if entry.startswith("MIG-"):
         return Gpu(-1, entry, "MIG instance")
     if _INDEX.fullmatch(entry):
@@ -106,7 +111,9 @@ def _named(entry: str, gpus: Sequence[Gpu], variable: str) -> Gpu:
     if len(found) == 1:
         return found[0]
     what = f"{entry!r} is the beginning of {len(found)} UUIDs" if found else f"{entry!r} is no GPU of this machine"
-    raise _wrong(variable, f"{what}, and CUDA would see none from there on", f"there are {', '.join(map(str, gpus))}")
+    code = "gpus-uuid-ambiguous" if found else "gpus-not-installed"
+    remedy = f"there are {', '.join(map(str, gpus))}"
+    raise _wrong(variable, f"{what}, and CUDA would see none from there on", remedy, code)
 
 
 def _as_torch_reads(entry: str) -> str:
@@ -118,8 +125,8 @@ def _kind(entry: str) -> str:
     return "index" if _INDEX.fullmatch(entry) else entry[:4]
 
 
-def _wrong(variable: str, what: str, remedy: str) -> ConfigError:
-    return ConfigError(Problem(what, f"{VARIABLE}={variable}", remedy))
+def _wrong(variable: str, what: str, remedy: str, code: str) -> ConfigError:
+    return ConfigError(Problem(what, f"{VARIABLE}={variable}", remedy, code=code))
 
 
 def _count(seen: Sequence[Gpu]) -> str:
@@ -127,4 +134,6 @@ def _count(seen: Sequence[Gpu]) -> str:
 
 
 def _broken(error: Exception) -> RunError:
-    return RunError(Problem(f"the NVIDIA driver does not answer ({error})", "", "see what nvidia-smi says"))
+    return RunError(
+        Problem(f"the NVIDIA driver does not answer ({error})", "", "see what nvidia-smi says", code="driver-silent")
+    )

@@ -29,7 +29,9 @@ def require(parallel: ParallelConfig) -> None:
     """Raises ConfigError where the library of an engine is missing."""
     if parallel.strategy.startswith("deepspeed") and find_spec("deepspeed") is None:
         remedy = "pip install 'longtake[deepspeed]', or use \"fsdp2\""
-        raise ConfigError(Problem("deepspeed is not installed", "parallel.strategy", remedy))
+        raise ConfigError(
+            Problem("deepspeed is not installed", "parallel.strategy", remedy, code="deepspeed-not-installed")
+        )
 
 
 def engage(

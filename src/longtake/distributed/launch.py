@@ -105,7 +105,9 @@ def die_with_parent() -> None:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), "prctl")
     if os.getppid() != parent:
-        raise RunError(Problem("the process that started it has gone", f"rank {os.environ.get('RANK', '?')}"))
+        raise RunError(
+            Problem("the process that started it has gone", f"rank {os.environ.get('RANK', '?')}", code="launcher-gone")
+        )
 
 
 def verdict(ended: Sequence[Ended]) -> int:
@@ -176,7 +178,7 @@ def _stopped(name: str, processes: int, statuses: Path) -> int:
     missing = [rank for rank in range(processes) if rank not in told]
     if missing:
         where = f"rank{'s' if missing[1:] else ''} {', '.join(map(str, missing))}"
-        raise RunError(Problem(f"ended after {name} without a word", where, RESUME))
+        raise RunError(Problem(f"ended after {name} without a word", where, RESUME, code="rank-silent"))
     return _worst(told)
 
 
@@ -196,7 +198,7 @@ def _killed(ended: Ended) -> Problem:
     what = f"killed by {names.get(-ended.code, f'signal {-ended.code}')}"
     if ended.code == -signal.SIGKILL:
         what += ", as the system does where host memory runs out"
-    return Problem(what, f"rank {ended.rank}", RESUME)
+    return Problem(what, f"rank {ended.rank}", RESUME, code="rank-killed")
 
 
 @contextmanager

@@ -119,7 +119,9 @@ def ranks_of_environment() -> Ranks:
     for field, name in names.items():
         text = os.environ.get(name, "")
         if text and not text.isdigit():
-            problems.append(Problem(f"{text!r} is no number", name, "start the ranks with torchrun"))
+            problems.append(
+                Problem(f"{text!r} is no number", name, "start the ranks with torchrun", code="rank-variables-wrong")
+            )
         elif text:
             given[field] = int(text)
     if problems:
@@ -127,7 +129,7 @@ def ranks_of_environment() -> Ranks:
     ranks = replace(ALONE, **given)
     if ranks.rank >= ranks.world:
         what = f"rank {ranks.rank} of {ranks.world}"
-        raise ConfigError(Problem(what, "RANK", "start the ranks with torchrun"))
+        raise ConfigError(Problem(what, "RANK", "start the ranks with torchrun", code="rank-variables-wrong"))
     return ranks
 
 
@@ -173,7 +175,7 @@ def joined() -> Iterator[Ranks]:
         if is_lost(error):
             what = "lost another rank, whose own message says why"
             remedy = "the run goes on from its last checkpoint with --resume"
-            raise RunError(Problem(what, "", remedy)) from error
+            raise RunError(Problem(what, "", remedy, code="rank-lost")) from error
         raise
     # not after an error: others may wait for what this one will not send, and its end tells them
     leave()
@@ -204,7 +206,7 @@ def _meet(ranks: Ranks) -> None:
             given = os.environ.get("CUDA_VISIBLE_DEVICES")
             what = f"there is no GPU for it: {torch.cuda.device_count()} are visible to {ranks.local_world} ranks"
             place = "CUDA_VISIBLE_DEVICES" + (f"={given}" if given is not None else "")
-            raise ConfigError(Problem(what, place, "start as many ranks as there are GPUs"))
+            raise ConfigError(Problem(what, place, "start as many ranks as there are GPUs", code="rank-without-gpu"))
         torch.cuda.set_device(ranks.device)
     try:
         store, rank, world = next(rendezvous("env://", ranks.rank, ranks.world, timeout=JOIN_TIMEOUT))
@@ -215,7 +217,12 @@ def _meet(ranks: Ranks) -> None:
         reason = " ".join(str(error).split())[:200]
         remedy = "set MASTER_ADDR and MASTER_PORT to a free port that all ranks reach, or start them with torchrun"
         raise ConfigError(
-            Problem(f"cannot meet the other ranks, {ranks.world} in all ({reason})", where, remedy)
+            Problem(
+                f"cannot meet the other ranks, {ranks.world} in all ({reason})",
+                where,
+                remedy,
+                code="rank-meeting-failed",
+            )
         ) from error
     assert (processes.get_rank(), processes.get_world_size()) == (ranks.rank, ranks.world)
 

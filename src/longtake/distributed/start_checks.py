@@ -52,7 +52,7 @@ def differences(all_ranks: list[dict[str, str]], remedy: str) -> Iterator[Proble
                 others.setdefault(each.get(key), []).append(rank)
         for value, where in others.items():
             names = f"rank {where[0]} has" if len(where) == 1 else f"ranks {', '.join(map(str, where))} have"
-            yield Problem(f"{names} {value}, rank 0 has {first.get(key)}", key, remedy)
+            yield Problem(f"{names} {value}, rank 0 has {first.get(key)}", key, remedy, code="rank-differs")
 
 
 def check_shared(
@@ -68,7 +68,14 @@ def check_shared(
         while not (folder / name).exists():
             if seconds() > until:
                 what = "the folder is not the one that rank 0 writes to"
-                raise ConfigError(Problem(what, str(folder), "put it on a file system that all machines share"))
+                raise ConfigError(
+                    Problem(
+                        what,
+                        str(folder),
+                        "put it on a file system that all machines share",
+                        code="run-folder-not-shared",
+                    )
+                )
             time.sleep(0.1)
 
     try:
@@ -87,7 +94,9 @@ def check_engine(backend: Backend, parallel: ParallelConfig, ranks: Ranks) -> No
         size = group_size(backend)
         if found != wanted or size != ranks.world:
             what = f"the engine in force is {found} over {size} ranks, not {wanted} over {ranks.world}"
-            raise ConfigError(Problem(what, "parallel.strategy", "start the ranks with torchrun or --gpus"))
+            raise ConfigError(
+                Problem(what, "parallel.strategy", "start the ranks with torchrun or --gpus", code="engine-differs")
+            )
 
     ranks.each(look)
 

@@ -46,7 +46,9 @@ def answer(config: RunConfig, asked: Asked, reporter: Reporter) -> None:
     Raises what `prepare` would where that would stop, when all has been said: DataError, ConfigError or ModelError.
     """
     if asked.most_clips < 1:
-        raise ConfigError(Problem(f"{asked.most_clips} clips are no page", "--clips", "use 1 or more"))
+        raise ConfigError(
+            Problem(f"{asked.most_clips} clips are no page", "--clips", "use 1 or more", code="sheet-clips-none")
+        )
     diagnosis = diagnose(config, reporter)
     if asked.html is not None:
         diagnosis = write_sheet(diagnosis, asked.html, asked.most_clips, reporter)
@@ -104,4 +106,4 @@ def _write_json(diagnosis: Diagnosis, file: str, reporter: Reporter) -> None:
 
 
 def _printable(problem: Problem) -> Problem:
-    return Problem(plain(problem.what), plain(problem.where), plain(problem.remedy))
+    return replace(problem, what=plain(problem.what), where=plain(problem.where), remedy=plain(problem.remedy))

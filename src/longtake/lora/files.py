@@ -40,7 +40,7 @@ def read_adapter(path: Path) -> Adapter:
     model.
     """
     if not path.is_file():
-        raise ModelError(Problem("there is no such file", str(path)))
+        raise ModelError(Problem("there is no such file", str(path), code="lora-file-missing"))
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             entries = _entries(list(file.keys()), path)
@@ -48,9 +48,11 @@ def read_adapter(path: Path) -> Adapter:
             metadata = {key: value for key, value in (file.metadata() or {}).items() if key != "format"}
     except (SafetensorError, OSError) as error:
         if _is_another_kind(path):
-            raise ModelError(Problem("this is not a safetensors file", str(path))) from error
+            what = "this is not a safetensors file"
+            raise ModelError(Problem(what, str(path), code="weights-not-safetensors")) from error
         remedy = "download or export it again"
-        raise ModelError(Problem(f"the safetensors file is damaged ({error})", str(path), remedy)) from error
+        what = f"the safetensors file is damaged ({error})"
+        raise ModelError(Problem(what, str(path), remedy, code="lora-file-damaged")) from error
     return _adapter(tensors, metadata, path)
 
 
@@ -64,14 +66,18 @@ def _entries(keys: list[str], path: Path) -> dict[str, Entry]:
     parsed = {key: parse(key) for key in keys}
     entries = {key: entry for key, entry in parsed.items() if entry is not None}
     if not looks_like_lora(keys):
-        raise ModelError(Problem("this is no LoRA", str(path), "its tensors have none of a LoRA's names"))
+        what = "this is no LoRA"
+        raise ModelError(Problem(what, str(path), "its tensors have none of a LoRA's names", code="lora-not-a-lora"))
     if not any(entry.module.startswith("blocks.") for entry in entries.values()):
-        raise ModelError(Problem("this is a LoRA of another model", str(path), f"its first layer is {min(keys)}"))
+        what = "this is a LoRA of another model"
+        raise ModelError(Problem(what, str(path), f"its first layer is {min(keys)}", code="lora-of-another-model"))
     if unknown := sorted(parsed.keys() - entries.keys()):
         what = f"{len(unknown)} of {len(keys)} tensors are no plain LoRA of this model, first {unknown[0]}"
-        raise ModelError(Problem(what, str(path), "use a LoRA without LoKr, LoHa or full differences"))
+        remedy = "use a LoRA without LoKr, LoHa or full differences"
+        raise ModelError(Problem(what, str(path), remedy, code="lora-kind-unsupported"))
     if len(set(entries.values())) < len(entries):
-        raise ModelError(Problem("more than one LoRA is in the file", str(path), "keep one adapter a file"))
+        what = "more than one LoRA is in the file"
+        raise ModelError(Problem(what, str(path), "keep one adapter a file", code="lora-several-adapters"))
     return entries
 
 
@@ -93,12 +99,13 @@ def _adapter(tensors: Mapping[Entry, Tensor], metadata: dict[str, str], path: Pa
 def _pair(down: Tensor | None, up: Tensor | None, where: str) -> tuple[Tensor, Tensor]:
     remedy = "download or export it again"
     if down is None or up is None:
-        raise ModelError(Problem("only one half of the layer's LoRA is in the file", where, remedy))
+        what = "only one half of the layer's LoRA is in the file"
+        raise ModelError(Problem(what, where, remedy, code="lora-half-missing"))
     if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or not down.numel() or not up.numel():
         what = f"the halves' shapes {list(down.shape)} and {list(up.shape)} do not go together"
-        raise ModelError(Problem(what, where, remedy))
+        raise ModelError(Problem(what, where, remedy, code="lora-halves-differ"))
     if not (down.isfinite().all() and up.isfinite().all()):
-        raise ModelError(Problem("the LoRA holds values that are not finite", where, remedy))
+        raise ModelError(Problem("the LoRA holds values that are not finite", where, remedy, code="lora-not-finite"))
     return down, up
 
 
@@ -106,9 +113,11 @@ def _lengths(tensor: Tensor, rows: int, where: str) -> Tensor:
     """A DoRA's lengths [out], whether they are [out] or [out, 1] in the file."""
     if tensor.numel() != rows or tensor.shape[0] != rows:
         what = f"this is a DoRA whose lengths {list(tensor.shape)} are not those of the layer's {rows} rows"
-        raise ModelError(Problem(what, where, "train it with lengths of rows (LyCORIS: wd_on_output)"))
+        remedy = "train it with lengths of rows (LyCORIS: wd_on_output)"
+        raise ModelError(Problem(what, where, remedy, code="lora-dora-lengths-differ"))
     if not tensor.isfinite().all():
-        raise ModelError(Problem("the DoRA's lengths are not finite", where, "download or export it again"))
+        what = "the DoRA's lengths are not finite"
+        raise ModelError(Problem(what, where, "download or export it again", code="lora-not-finite"))
     return tensor.float().reshape(rows)
 
 
@@ -120,10 +129,12 @@ def _alphas(
         listed = metadata_alphas(metadata, ranks, any(entry.part == MAGNITUDE for entry in tensors))
         own = {entry.module: float(tensor) for entry, tensor in tensors.items() if entry.part == "alpha"}
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise ModelError(Problem(f"cannot read the LoRA's alpha: {error}", str(path))) from error
+        what = f"cannot read the LoRA's alpha: {error}"
+        raise ModelError(Problem(what, str(path), code="lora-alpha-unreadable")) from error
     alphas = {module: own.get(module, listed.get(module, float(rank))) for module, rank in ranks.items()}
     if not all(isfinite(alpha) for alpha in alphas.values()):
-        raise ModelError(Problem("the LoRA's alpha is not finite", str(path), "download or export it again"))
+        what = "the LoRA's alpha is not finite"
+        raise ModelError(Problem(what, str(path), "download or export it again", code="lora-not-finite"))
     return alphas
 
 
@@ -158,7 +169,7 @@ def _write_checked(staged: Path, content: bytes, tensors: Mapping[str, Tensor], 
     staged.write_bytes(content)
     if bad := [*_wrong_keys(staged, tensors)]:
         what = f"{len(bad)} tensors of the adapter are empty, not finite or were not written as they are"
-        raise RunError(Problem(f"{what}, first {bad[0]}", str(path), "nothing was written"))
+        raise RunError(Problem(f"{what}, first {bad[0]}", str(path), "nothing was written", code="adapter-not-written"))
 
 
 def _wrong_keys(written: Path, tensors: Mapping[str, Tensor]) -> Iterable[str]:

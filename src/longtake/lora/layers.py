@@ -136,8 +136,9 @@ def _weights(transformer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def _differences(weights: State, state: State) -> Iterator[Problem]:
     for key, weight in weights.items():
         if key not in state:
-            yield Problem("the adapter's state lacks this key", key)
+            yield Problem("the adapter's state lacks this key", key, code="adapter-weight-missing")
         elif state[key].shape != weight.shape:
-            yield Problem(f"the shape is {list(state[key].shape)}, the adapter's is {list(weight.shape)}", key)
+            what = f"the shape is {list(state[key].shape)}, the adapter's is {list(weight.shape)}"
+            yield Problem(what, key, code="adapter-weight-shape-differs")
     for key in state.keys() - weights.keys():
-        yield Problem("the adapter has no such weight", key)
+        yield Problem("the adapter has no such weight", key, code="adapter-weight-unknown")

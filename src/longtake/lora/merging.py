@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,7 +62,8 @@ def shortened(problems: Sequence[Problem]) -> list[Problem]:
     """The first few of `problems`, the last of them saying how many more there are."""
     if len(problems) <= _SHOWN:
         return list(problems)
-    return [*problems[:_SHOWN], Problem(f"and {len(problems) - _SHOWN} more of this kind")]
+    more = f"and {len(problems) - _SHOWN} more of this kind"
+    return [*problems[:_SHOWN], replace(problems[_SHOWN], what=more, where="", remedy="")]
 
 
 def _misfits(state: State, shapes: Mapping[str, tuple[int, ...] | None]) -> Iterator[Problem]:
@@ -69,12 +71,14 @@ def _misfits(state: State, shapes: Mapping[str, tuple[int, ...] | None]) -> Iter
         down, up = state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"]
         shape = shapes.get(name)
         if shape is None:
-            yield Problem("the LoRA adapts a layer that the model does not have", name, "is it a LoRA of this model?")
+            what = "the LoRA adapts a layer that the model does not have"
+            yield Problem(what, name, "is it a LoRA of this model?", code="lora-layer-unknown")
         elif (up.shape[0], down.shape[1]) != shape:
             yield Problem(
                 f"the LoRA is made for a layer of {up.shape[0]}x{down.shape[1]}, the model's has {shape[0]}x{shape[1]}",
                 name,
                 "is it a LoRA of this model?",
+                code="lora-layer-size-differs",
             )
 
 

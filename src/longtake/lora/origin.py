@@ -19,5 +19,5 @@ def other_model(adapter: Adapter, path: Path, spec: ModelSpec) -> str:
     named = VARIANTS.get(name)
     if named is not None and named.spec.task != spec.task:
         what = f"this is a LoRA of {name} ({named.spec.task}), the model is {spec.name} ({spec.task})"
-        raise ModelError(Problem(what, str(path), "use one of the same task"))
+        raise ModelError(Problem(what, str(path), "use one of the same task", code="lora-of-another-task"))
     return f"{path.name} is a LoRA of {name}, the model is {spec.name}"

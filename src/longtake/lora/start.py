@@ -42,16 +42,17 @@ def begin_from(
     index, count = place
     if len(lora.start_from) != count:
         what = f"{len(lora.start_from)} files for {count} trained transformer{'s' if count > 1 else ''}"
-        raise ConfigError(Problem(what, WHERE, "give one for each, the high-noise expert's first"))
+        remedy = "give one for each, the high-noise expert's first"
+        raise ConfigError(Problem(what, WHERE, remedy, code="lora-start-count-differs"))
     paths = [Path(name) for name in lora.start_from[index:]]
-    if missing := [Problem("there is no such file", f"{WHERE}: {path}") for path in paths if not path.is_file()]:
-        raise ModelError(missing)
+    if missing := [f"{WHERE}: {path}" for path in paths if not path.is_file()]:
+        raise ModelError([Problem("there is no such file", where, code="lora-file-missing") for where in missing])
     path = paths[0]
     adapter, layers = read_adapter(path), dict(adapted_layers(transformer))
     other = ("low", "high")[index] if count == 2 else ""
     if other and adapter.metadata.get("longtake.expert") == other:
         what = f"{path.name} is of the {other}-noise expert"
-        raise ConfigError(Problem(what, WHERE, "give the high-noise expert's first"))
+        raise ConfigError(Problem(what, WHERE, "give the high-noise expert's first", code="lora-of-other-expert"))
     of_another = other_model(adapter, path, spec) if spec is not None else ""
     shapes = {name: tuple(layer.get_base_layer().weight.shape) for name, layer in layers.items()}
     _check(adapter, layers, lora, path)
@@ -64,9 +65,10 @@ def begin_from(
 def _check(adapter: Adapter, layers: Mapping[str, LoraLayer], lora: LoraConfig, path: Path) -> None:
     if outside := [name for name in adapter.modules if name not in layers]:
         what = f"{len(outside)} of {len(adapter.modules)} layers of {path.name} are not trained, {_first(outside)}"
-        raise ConfigError(Problem(what, WHERE, "add them to lora.targets, or start from another file"))
+        remedy = "add them to lora.targets, or start from another file"
+        raise ConfigError(Problem(what, WHERE, remedy, code="lora-layers-untrained"))
     if adapter.is_dora and not lora.dora:
-        raise ConfigError(Problem(f"{path.name} is a DoRA", WHERE, "set lora.dora = true"))
+        raise ConfigError(Problem(f"{path.name} is a DoRA", WHERE, "set lora.dora = true", code="lora-is-dora"))
     if problems := [*_too_high(adapter, layers, lora)]:
         raise ConfigError(shortened(problems))
 
@@ -79,7 +81,7 @@ def _too_high(adapter: Adapter, layers: Mapping[str, LoraLayer], lora: LoraConfi
             what = f"{name} has rank {rank} in the file and {layers[name].r[NAME]} in the config"
             block = int(name.split(".")[1])
             remedy = f"give block {block} rank {rank} in lora.block_ranks" if block in own else whole
-            yield Problem(what, WHERE, f"{remedy}, or lower it: `longtake export --rank`")
+            yield Problem(what, WHERE, f"{remedy}, or lower it: `longtake export --rank`", code="lora-rank-too-high")
 
 
 @torch.no_grad()

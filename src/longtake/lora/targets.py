@@ -37,14 +37,14 @@ def _unmatched(adaptable: Sequence[str], targets: Sequence[str]) -> Iterator[Pro
     suffixes = dict.fromkeys(name.split(".", 2)[2] for name in adaptable)
     remedy = f"choose among the groups {', '.join(groups)} and the suffixes {', '.join(suffixes)}"
     for target in missing:
-        yield Problem(f"{target!r} matches no layer", "lora.targets", remedy)
+        yield Problem(f"{target!r} matches no layer", "lora.targets", remedy, code="lora-target-unmatched")
 
 
 def _beyond(blocks: int, lora: LoraConfig) -> Iterator[Problem]:
     for first, last, _ in lora.block_ranks:
         if last >= blocks:
             what = f"there is no block {max(first, blocks)}"
-            yield Problem(what, "lora.block_ranks", f"the model's are 0 to {blocks - 1}")
+            yield Problem(what, "lora.block_ranks", f"the model's are 0 to {blocks - 1}", code="lora-block-missing")
 
 
 def _matches(name: str, target: str) -> bool:

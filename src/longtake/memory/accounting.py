@@ -206,7 +206,7 @@ def _refusal(needed: Mapping[str, int], where: str, free: int, other: str) -> Pr
         key = "memory.block_swap_from" if largest == "block_swap" else "memory.activation_offload"
         remedy = f'{remedy}, or set {key} = "{other}"'
     what = f"the strategy needs {listed}, and {format_bytes(free)} of {where} may be used"
-    return Problem(what, f"memory.{largest}", remedy)
+    return Problem(what, f"memory.{largest}", remedy, code="memory-strategy-too-big")
 
 
 def _groups(membership: Path, mount: Path) -> Iterator[tuple[Path, Path]]:

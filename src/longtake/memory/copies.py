@@ -180,7 +180,7 @@ class CudaCopies:
                 status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, 0)
             if int(status) != 0:
                 what = f"the driver cannot pin {nbytes} bytes of host memory (error {int(status)})"
-                raise RunError(Problem(what, "[memory]", MOVE_LESS))
+                raise RunError(Problem(what, "[memory]", MOVE_LESS, code="memory-not-pinned"))
             self.registered.append(memory)
         return memory
 
@@ -246,7 +246,9 @@ def _host_memory(nbytes: int) -> Tensor:
     try:
         return torch.empty(nbytes, dtype=torch.uint8)
     except RuntimeError as error:
-        raise RunError(Problem(f"cannot allocate {nbytes} bytes of host memory", "[memory]", MOVE_LESS)) from error
+        raise RunError(
+            Problem(f"cannot allocate {nbytes} bytes of host memory", "[memory]", MOVE_LESS, code="memory-host-full")
+        ) from error
 
 
 def _recorded(event: "torch.cuda.Event | Future[torch.cuda.Event]") -> torch.cuda.Event:

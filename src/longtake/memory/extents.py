@@ -28,7 +28,13 @@ def read(target: Tensor, source: Sequence[Extent]) -> None:
         while part:
             count = os.preadv(extent.descriptor, [part], offset)
             if not count:
-                raise RunError(Problem("the file ended early: it was changed while it was read", extent.path))
+                raise RunError(
+                    Problem(
+                        "the file ended early: it was changed while it was read",
+                        extent.path,
+                        code="weights-changed-while-read",
+                    )
+                )
             offset, part = offset + count, part[count:]
         rest = rest[extent.nbytes :]
 
@@ -43,6 +49,8 @@ def write(target: Sequence[Extent], source: Tensor) -> None:
                 count = os.pwritev(extent.descriptor, [part], offset)
             except OSError as error:
                 what = f"cannot offload {source.nbytes} bytes: {error.strerror or error}"
-                raise RunError(Problem(what, extent.path, 'make room, or use the tier "host"')) from error
+                raise RunError(
+                    Problem(what, extent.path, 'make room, or use the tier "host"', code="disk-offload-failed")
+                ) from error
             offset, part = offset + count, part[count:]
         rest = rest[extent.nbytes :]

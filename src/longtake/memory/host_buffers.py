@@ -196,7 +196,9 @@ class DiskTier:
             os.posix_fallocate(file.descriptor, 0, nbytes)
         except OSError as error:
             what = f"cannot offload {nbytes} bytes: {error.strerror or error}"
-            raise RunError(Problem(what, str(path), 'make room, or use the tier "host"')) from error
+            raise RunError(
+                Problem(what, str(path), 'make room, or use the tier "host"', code="disk-offload-failed")
+            ) from error
         return Buffer((Extent(file.descriptor, str(path), 0, nbytes, file),))
 
     def give_back(self, buffer: Buffer) -> None:

@@ -146,4 +146,11 @@ def _plain_operands(
 
 def _unknown_attention(what: str) -> RunError:
     remedy = 'use "block", or torch\'s attention: unset DIFFUSERS_ATTN_BACKEND'
-    return RunError(Problem(f"{what}, whose output cannot be kept", "memory.gradient_checkpointing", remedy))
+    return RunError(
+        Problem(
+            f"{what}, whose output cannot be kept",
+            "memory.gradient_checkpointing",
+            remedy,
+            code="memory-attention-unknown",
+        )
+    )

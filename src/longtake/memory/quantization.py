@@ -76,7 +76,12 @@ def require_torchao(module: str, where: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(
-            Problem(f"torchao cannot be imported ({error})", where, 'run pip install "longtake[quantization]"')
+            Problem(
+                f"torchao cannot be imported ({error})",
+                where,
+                'run pip install "longtake[quantization]"',
+                code="torchao-not-installed",
+            )
         ) from error
 
 
@@ -172,7 +177,7 @@ def _nf4(weight: Tensor, quantization: Any) -> dict[str, Tensor]:
     blocks = weight.numel() // NF4_BLOCK
     if weight.numel() % NF4_BLOCK:
         what = f"nf4 has blocks of {NF4_BLOCK} weights, which do not divide a matrix of {list(weight.shape)}"
-        raise ConfigError(Problem(what, "memory.quantization", 'use "int8" or "fp8"'))
+        raise ConfigError(Problem(what, "memory.quantization", 'use "int8" or "fp8"', code="memory-nf4-shape"))
     # from fp32, or else scales and their means are rounded to bf16 on the way
     made = quantization.to_nf4(weight.float().contiguous(), NF4_BLOCK, math.gcd(blocks, NF4_SCALE_BLOCK))
     pairs = [made.nf4.repeat_interleave(16), made.nf4.repeat(16)]  # the two weights that a byte holds

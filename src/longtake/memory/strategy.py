@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,14 +117,26 @@ def unfit(strategy: MemoryStrategy, shape: tuple[int, int], frozen: bool, drops_
     """What a model of `shape` (blocks, heads) does not allow, whose blocks have frozen weights, or draw dropout."""
     blocks, heads = shape
     if strategy.block_swap > blocks:
-        yield Problem(f"the model has {blocks} blocks", "memory.block_swap", f"at most {blocks}")
+        yield Problem(
+            f"the model has {blocks} blocks", "memory.block_swap", f"at most {blocks}", code="block-swap-too-many"
+        )
     if strategy.block_swap and not frozen:
-        yield Problem("all weights are trained, none can be streamed", "memory.block_swap", "leave it out")
+        yield Problem(
+            "all weights are trained, none can be streamed",
+            "memory.block_swap",
+            "leave it out",
+            code="weights-trained-and-streamed",
+        )
     if strategy.attention_head_groups > heads:
-        yield Problem(f"the model has {heads} heads", "memory.attention_head_groups", f"at most {heads}")
+        yield Problem(
+            f"the model has {heads} heads",
+            "memory.attention_head_groups",
+            f"at most {heads}",
+            code="head-groups-too-many",
+        )
     if (strategy.slices > 1 or strategy.attention_head_groups > 1) and drops_out:
         what = "a block in slices would draw its dropout differently"
-        yield Problem(what, "memory.slices", "leave out lora.dropout, or the slices")
+        yield Problem(what, "memory.slices", "leave out lora.dropout, or the slices", code="dropout-drawn-apart")
 
 
 def _unfit(strategy: MemoryStrategy, blocks: nn.ModuleList, spec: ModelSpec) -> Iterator[Problem]:
@@ -137,13 +149,15 @@ def _unfit_fallbacks(strategy: MemoryStrategy, blocks: nn.ModuleList, spec: Mode
     for index, rung in enumerate(strategy.fallbacks):
         for problem in _unfit(rung, blocks, spec):
             where = problem.where.replace("memory", f"memory.fallbacks[{index}]", 1)
-            yield Problem(problem.what, where, problem.remedy)
+            yield replace(problem, where=where)
 
 
 def _ignored(strategy: MemoryStrategy, among: Among) -> Iterator[Problem]:
     """Weights wait somewhere only if some are away: those of swapped blocks, or of another transformer's."""
     if strategy.block_swap_from != "host" and not strategy.block_swap and among.turns is None:
-        yield Problem("it would be ignored", "memory.block_swap_from", "set memory.block_swap")
+        yield Problem(
+            "it would be ignored", "memory.block_swap_from", "set memory.block_swap", code="config-key-ignored"
+        )
 
 
 def _drops_out(blocks: nn.ModuleList) -> bool:

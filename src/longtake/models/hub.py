@@ -32,10 +32,11 @@ def _from_hugging_face(model_id: str, patterns: Sequence[str], report: Callable[
         return Path(snapshot_download(model_id, allow_patterns=list(patterns)))
     except GatedRepoError as error:
         remedy = "accept its terms on its page and log in with `hf auth login`"
-        raise ModelError(Problem("this model is gated", model_id, remedy)) from error
+        raise ModelError(Problem("this model is gated", model_id, remedy, code="model-gated")) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         remedy = "check the id (owner/name); a private model needs `hf auth login`; a local one is given as model.path"
-        raise ModelError(Problem("there is no such model on the hub", model_id, remedy)) from error
+        what = "there is no such model on the hub"
+        raise ModelError(Problem(what, model_id, remedy, code="model-not-on-hub")) from error
     except (OSError, _transport_error()) as error:
         raise _unreachable(model_id, error, "check the network, HF_ENDPOINT and HF_HUB_OFFLINE") from error
 
@@ -59,7 +60,8 @@ def _report_size(model_id: str, patterns: Sequence[str], report: Callable[[str],
     wanted = _matching(sizes, patterns)
     if not wanted:
         what = "has none of the files of a Wan model in diffusers' or the original layout"
-        raise ModelError(Problem(what, model_id, "download the file that you mean and give it as model.path"))
+        remedy = "download the file that you mean and give it as model.path"
+        raise ModelError(Problem(what, model_id, remedy, code="model-without-wan-files"))
     cached = {name for name in wanted if isinstance(try_to_load_from_cache(model_id, name, revision=info.sha), str)}
     missing = [name for name in wanted if name not in cached]
     if missing:
@@ -73,7 +75,8 @@ def _from_modelscope(model_id: str, patterns: Sequence[str], report: Callable[[s
         from modelscope.hub.api import HubApi
     except ImportError as error:
         remedy = "pip install 'longtake[modelscope]'"
-        raise ModelError(Problem("ModelScope's library is not installed", MODELSCOPE + model_id, remedy)) from error
+        what = "ModelScope's library is not installed"
+        raise ModelError(Problem(what, MODELSCOPE + model_id, remedy, code="modelscope-not-installed")) from error
     refusals = (errors.NotExistError, errors.RequestError, errors.NotLoginException, errors.NoValidRevisionError)
     try:
         files = {file["Path"]: file["Size"] for file in HubApi().get_model_files(model_id, recursive=True)}
@@ -102,12 +105,14 @@ def _announce(model_id: str, sizes: Sequence[int], cache: Path, report: Callable
     free = shutil.disk_usage(place).free
     if size > free:
         what = f"{format_bytes(size)} to download and {format_bytes(free)} free in {place}"
-        raise ModelError(Problem(what, model_id, "make room or set HF_HOME to a larger disk"))
+        remedy = "make room or set HF_HOME to a larger disk"
+        raise ModelError(Problem(what, model_id, remedy, code="disk-too-small-for-download"))
     report(f"{model_id}: downloading {len(sizes)} files, {format_bytes(size)}, to {cache}")
 
 
 def _unreachable(model_id: str, error: Exception, remedy: str) -> ModelError:
-    return ModelError(Problem(f"cannot be fetched ({_line(error)}) and is not in the cache", model_id, remedy))
+    what = f"cannot be fetched ({_line(error)}) and is not in the cache"
+    return ModelError(Problem(what, model_id, remedy, code="model-not-fetched"))
 
 
 def _line(error: Exception) -> str:

@@ -124,5 +124,6 @@ def _fill(file: FileIO, values: Tensor, path: Path) -> None:
     while rest:
         count = file.readinto(rest)
         if not count:
-            raise ModelError(Problem("the file ended early: it was changed while it was read", str(path)))
+            what = "the file ended early: it was changed while it was read"
+            raise ModelError(Problem(what, str(path), code="weights-changed-while-read"))
         rest = rest[count:]

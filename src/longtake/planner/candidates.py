@@ -55,7 +55,12 @@ def open_conflicts(config: RunConfig, ranks: int) -> Iterator[Problem]:
     chosen = ranks > 1 and "sp" not in config.parallel.model_fields_set
     for problem in conflicts(config, ranks):
         if ranks == 1 and problem.where in shared:
-            yield Problem("one GPU has nobody to share with", problem.where, "say how many there are with --gpus")
+            yield Problem(
+                "one GPU has nobody to share with",
+                problem.where,
+                "say how many there are with --gpus",
+                code="gpus-nobody-to-share",
+            )
         elif not (chosen and problem.where == batch):
             yield problem
     if chosen:
@@ -111,7 +116,12 @@ def sharings(
         unit = size * ranks // max(each.sp for each in possible)
         what = f"{clips} clips a step do not come out even on {ranks} GPUs"
         raise ConfigError(
-            Problem(what, "training.global_batch_size", f"use {-(-clips // unit) * unit}, or other --gpus")
+            Problem(
+                what,
+                "training.global_batch_size",
+                f"use {-(-clips // unit) * unit}, or other --gpus",
+                code="batch-not-divisible",
+            )
         )
     return even
 

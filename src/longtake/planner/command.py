@@ -47,7 +47,9 @@ class Asked:
 def answer(asked: Asked, flags: Flags, json_file: str, html: Path | None, output: Path | None) -> int:
     """Plans and says so; the exit status, 3 where nothing fits."""
     if output is not None and output.exists():
-        raise ConfigError(Problem("the file exists", str(output), "choose another name with -o"))
+        raise ConfigError(
+            Problem("the file exists", str(output), "choose another name with -o", code="config-file-exists")
+        )
     config = _config(asked, flags)
     quiet_libraries()
     from longtake.planner.advice import MOST_FRAMES, of_auto
@@ -130,7 +132,9 @@ def _config(asked: Asked, flags: Flags) -> RunConfig:
     elif asked.model:
         config = config_of({"data": {"source": "clips"}, "lora": {}, "output": {"run": "runs/planned"}}, given)
     else:
-        raise ConfigError(Problem("there is nothing to plan", "longtake plan", "give a config, or --model"))
+        raise ConfigError(
+            Problem("there is nothing to plan", "longtake plan", "give a config, or --model", code="plan-of-nothing")
+        )
     if asked.method:
         config = _with_method(config, asked.method)
     said = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
@@ -159,10 +163,12 @@ def _whole(text: str, flag: str) -> int:
         return int(text)
     except ValueError:
         remedy = 'write a whole number, or "max"' if flag == "--num-frames" else "write WIDTHxHEIGHT: 832x480"
-        raise ConfigError(Problem(f"cannot read {text!r}", flag, remedy)) from None
+        raise ConfigError(Problem(f"cannot read {text!r}", flag, remedy, code="flag-unreadable")) from None
 
 
 def _with_method(config: RunConfig, method: str) -> RunConfig:
     if method not in ("lora", "full"):
-        raise ConfigError(Problem(f"there is no method {method!r}", "--method", "use lora or full"))
+        raise ConfigError(
+            Problem(f"there is no method {method!r}", "--method", "use lora or full", code="plan-method-unknown")
+        )
     return config.model_copy(update={"lora": None if method == "full" else config.lora or LoraConfig()})

@@ -103,7 +103,7 @@ def device(name: str, where: str = "--gpu") -> Device:
         return found
     near = difflib.get_close_matches(name.lower(), DEVICES, 1, 0.7)
     remedy = f"did you mean {near[0]}?" if near else f"name one of {', '.join(DEVICES)}"
-    raise ConfigError(Problem(f"no rates are known for a device called {name!r}", where, remedy))
+    raise ConfigError(Problem(f"no rates are known for a device called {name!r}", where, remedy, code="gpu-unknown"))
 
 
 def recognise(name: str) -> Device | None:

@@ -65,7 +65,9 @@ def request_of(config: RunConfig, where: Where, clips: bool = True) -> tuple[Req
     """
     found = variant_of(config.model)
     if where.gpus < 1:
-        raise ConfigError(Problem(f"{where.gpus} GPUs train nothing", "--gpus", "use 1 or more"))
+        raise ConfigError(
+            Problem(f"{where.gpus} GPUs train nothing", "--gpus", "use 1 or more", code="gpus-none-asked")
+        )
     machine, notes = _machine(config, where, found)
     experts = len(choose_experts(config, found.spec))
     kind: DeviceType = "cpu" if machine.is_cpu else "cuda"
@@ -155,15 +157,19 @@ def nothing_fits(report: Report) -> NothingFits:
     """The error that names the nearest plan and what would make it fit, one problem a line."""
     budget = format_bytes(report.budget_bytes)
     if not report.plans:
-        return NothingFits(Problem(f"nothing fits {budget}", "memory.budget"))
+        return NothingFits(Problem(f"nothing fits {budget}", "memory.budget", code="plan-nothing-fits"))
     nearest = report.plans[0]
     needs = format_bytes(nearest.peak_bytes["device"])
     what = f"nothing fits {budget}; the nearest, {nearest.name}, needs {needs} ({why_not(report, nearest)})"
     changes = [
-        Problem(f"with {each.change} it would need {format_bytes(each.device_bytes)}", "memory.budget")
+        Problem(
+            f"with {each.change} it would need {format_bytes(each.device_bytes)}",
+            "memory.budget",
+            code="plan-would-need",
+        )
         for each in report.advice
     ]
-    return NothingFits([Problem(what, "memory.budget"), *changes])
+    return NothingFits([Problem(what, "memory.budget", code="plan-nothing-fits"), *changes])
 
 
 def is_open(config: RunConfig) -> bool:
@@ -208,7 +214,7 @@ def _machine(config: RunConfig, where: Where, found: WanVariant) -> tuple[Machin
         budget = free
     if budget > chosen.memory_bytes and not local:
         what = f"the budget is {format_bytes(budget)} and a {chosen.name} has {format_bytes(chosen.memory_bytes)}"
-        raise ConfigError(Problem(what, "memory.budget", "lower it, or name another --gpu"))
+        raise ConfigError(Problem(what, "memory.budget", "lower it, or name another --gpu", code="budget-above-device"))
     return Machine(chosen, where.gpus, budget, host, disk), notes
 
 

@@ -6,10 +6,11 @@ import torch
 
 from longtake.config.schema import RunConfig
 from longtake.config.sharing import SHARDED
-from longtake.training.batch import Sample, collate, summed_loss
+from longtake.training.batch import collate, summed_loss
 from longtake.training.experts import Trained
 from longtake.training.flow_matching import generator_for
 from longtake.training.precision import compute_in
+from longtake.training.samples import Sample
 
 
 def accumulate(

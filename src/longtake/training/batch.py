@@ -1,4 +1,4 @@
-"""From the visits of a step to the tensors of a micro-batch on the device."""
+"""From the samples of a step to the tensors of a micro-batch on the device, and their loss."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,19 +7,10 @@ import torch
 from torch import Tensor
 
 from longtake.config.schema import TrainingConfig
-from longtake.data.loader import EntryReader, Tensors, Visit
 from longtake.models.spec import ModelSpec
 from longtake.models.wan.conditioning import Conditioning, dit_inputs, loss_mask, pad_prompt
-from longtake.training.flow_matching import Draw, add_noise, draw, loss_weight, velocity_loss
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One visit, read and drawn."""
-
-    visit: Visit
-    tensors: Tensors
-    draw: Draw
+from longtake.training.flow_matching import add_noise, loss_weight, velocity_loss
+from longtake.training.samples import Sample
 
 
 @dataclass(frozen=True)
@@ -36,14 +27,6 @@ class Batch:
     def size(self) -> int:
         """Samples in it."""
         return len(self.latents)
-
-
-def read_sample(
-    visit: Visit, reader: EntryReader, training: TrainingConfig, caption_dropout: float, sigmas: tuple[float, float]
-) -> Sample:
-    """The visit's cached tensors and its draw; raises CacheError where an entry is damaged."""
-    tensors = reader.read(visit.entry)
-    return Sample(visit, tensors, draw(visit.key, tuple(tensors.latents.shape), training, caption_dropout, sigmas))
 
 
 def collate(samples: Sequence[Sample], spec: ModelSpec, training: TrainingConfig, device: torch.device) -> Batch:

@@ -20,7 +20,7 @@ def hold_to_budget(
     if wanted > free:
         remedy = "lower it or end other processes"
         what = f"the budget is {format_bytes(wanted)} and only {format_bytes(free)} are free"
-        raise ConfigError(Problem(what, "memory.budget", remedy))
+        raise ConfigError(Problem(what, "memory.budget", remedy, code="budget-above-free"))
     if config.memory.budget != "auto" and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(wanted / total, device)

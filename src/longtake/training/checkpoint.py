@@ -84,7 +84,7 @@ def check_room(run: Path, held: Held, keep: int, say: Callable[[str], None], ran
             free = files.free_bytes(run)
         if free < needed:
             what = f"a checkpoint takes {format_bytes(needed)} and {format_bytes(free)} are free there"
-            raise RunError(Problem(what, str(run), "make room, then continue with --resume"))
+            raise RunError(Problem(what, str(run), "make room, then continue with --resume", code="disk-full"))
         to_come = keep + 1 - len(_all(run))  # the new one is written before the oldest goes
         if free < to_come * needed:
             room = f"{to_come} checkpoints of {format_bytes(needed)} and {format_bytes(free)} are free"
@@ -108,14 +108,21 @@ def load_newest(run: Path, say: Callable[[str], None]) -> Checkpoint | None:
             damage = f"it is the one after step {checkpoint.step}"
         say(f"{path}: the checkpoint is damaged ({damage}); trying the one before")
     if found:
-        raise RunError(Problem("all checkpoints are damaged", str(run / FOLDER), "start a new run"))
+        raise RunError(
+            Problem("all checkpoints are damaged", str(run / FOLDER), "start a new run", code="checkpoint-all-damaged")
+        )
     return None
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Reads one checkpoint that is known to be whole."""
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    return Checkpoint(state.pop("step"), path, state)
+    """Reads one checkpoint that is known to be whole; raises RunError where its state is none that a run writes."""
+    try:
+        state = dict(json.loads((path / "state.json").read_text(encoding="utf-8")))
+        return Checkpoint(int(state.pop("step")), path, state)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        what = f"this is no state of a run ({type(error).__name__})"
+        remedy = "go back to another checkpoint: remove this one"
+        raise RunError(Problem(what, str(path / "state.json"), remedy, code="checkpoint-unreadable")) from error
 
 
 def checkpoint_path(run: Path, step: int) -> Path:

@@ -12,6 +12,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from longtake import files
 
+PREFIX = "events.out.tfevents."
+
 
 class Events:
     """A file of events in `run`, where what other files have from `first_step` on no longer counts.
@@ -20,9 +22,8 @@ class Events:
     """
 
     def __init__(self, run: Path, first_step: int) -> None:
-        # TensorBoard reads the files of a folder in the order of their names
-        named = f"{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
-        self.file = files.Appended(run / f"events.out.tfevents.{named}")
+        named = f"{_time_after(run):017.6f}.{socket.gethostname()}.{os.getpid()}"
+        self.file = files.Appended(run / f"{PREFIX}{named}")
         self.records = RecordWriter(self.file)
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
         self._add(Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START)))
@@ -38,3 +39,10 @@ class Events:
 
     def _add(self, event: Event) -> None:
         self.records.write(event.SerializeToString())
+
+
+def _time_after(run: Path) -> float:
+    """Now, or after the files that are there: TensorBoard reads them by name, and the clock may have been set back."""
+    times = [path.name.removeprefix(PREFIX)[:17] for path in run.glob(f"{PREFIX}*")]
+    latest = max((float(text) for text in times if text.replace(".", "").isdigit()), default=0.0)
+    return max(time.time(), latest + 1e-3)

@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import count as count_from
-from math import floor
 
 from longtake.config.schema import TrainingConfig
 from longtake.distributed.backend import Backend, Held
 from longtake.training.average import MovingAverage
-from longtake.training.flow_matching import quantile_of
 from longtake.training.model import Expert, TrainedModel
+from longtake.training.samples import share_of_range, turn_of_step
 
 
 @dataclass(frozen=True)
@@ -26,20 +25,12 @@ class Trained:
 
 def share_of(expert: Expert, training: TrainingConfig) -> float:
     """The probability that a sigma of the whole distribution is one of the expert's."""
-    low, high = (quantile_of(sigma, training) for sigma in expert.sigma_range)
-    return high - low
+    return share_of_range(expert.sigma_range, training)
 
 
 def expert_of_step(step: int, experts: Sequence[Expert], training: TrainingConfig) -> int:
-    """Which of the experts optimiser step `step` trains, as a function of it alone.
-
-    A step is of one expert, whose range all its sigmas are of. Of two, the first has step s where floor((s + 1) p) is
-    above floor(s p), p being its share of the distribution: after any number of steps it has had its share of them.
-    """
-    if len(experts) == 1:
-        return 0
-    share = round(share_of(experts[0], training), 9)  # the last bits of a share are the machine's
-    return 0 if floor((step + 1) * share) > floor(step * share) else 1
+    """Which of the experts optimiser step `step` trains, as a function of it alone: see `turn_of_step`."""
+    return turn_of_step(step, [expert.sigma_range for expert in experts], training)
 
 
 def turns_in_words(experts: Sequence[Expert], training: TrainingConfig) -> str:

@@ -73,17 +73,34 @@ def export(run: Path, wish: ExportWish, reporter: Reporter) -> list[Path]:
 def _refused(config: RunConfig, wish: ExportWish) -> Iterator[Problem]:
     whole = wish.merged or config.lora is None
     if whole and wish.form == "kohya":
-        yield Problem("kohya's format is for adapters", "--format", "use comfyui or diffusers for full weights")
+        yield Problem(
+            "kohya's format is for adapters",
+            "--format",
+            "use comfyui or diffusers for full weights",
+            code="export-kohya-whole",
+        )
     if wish.max_shard_bytes is not None and not whole:
-        yield Problem("an adapter is one file", "--max-shard-size", "leave it out, or add --merge")
+        yield Problem(
+            "an adapter is one file",
+            "--max-shard-size",
+            "leave it out, or add --merge",
+            code="export-shards-of-adapter",
+        )
     if wish.max_shard_bytes == 0:
-        yield Problem("a file of no bytes holds nothing", "--max-shard-size", "give more, for example 5GB")
+        yield Problem(
+            "a file of no bytes holds nothing",
+            "--max-shard-size",
+            "give more, for example 5GB",
+            code="export-shard-empty",
+        )
     if wish.rank is None:
         return
     if config.lora is None:
-        yield Problem("the run trained all weights, there is no adapter", "--rank", "leave it out")
+        yield Problem(
+            "the run trained all weights, there is no adapter", "--rank", "leave it out", code="export-rank-of-whole"
+        )
     elif wish.rank < 1:
-        yield Problem("a rank is at least 1", "--rank", "give more")
+        yield Problem("a rank is at least 1", "--rank", "give more", code="export-rank-too-low")
 
 
 def _adapter(source: _Source, expert: Expert, wish: ExportWish) -> Path:
@@ -102,7 +119,9 @@ def _chosen(source: _Source, expert: Expert, wish: ExportWish) -> Adapter:
         return adapter
     if wish.rank >= adapter.rank:
         what = f"the adapter's rank is {adapter.rank} already"
-        raise ConfigError(Problem(what, "--rank", f"give less than {adapter.rank}, or leave it out"))
+        raise ConfigError(
+            Problem(what, "--rank", f"give less than {adapter.rank}, or leave it out", code="export-rank-too-high")
+        )
     found = reduced(adapter, wish.rank)
     source.reporter.line(
         f"rank {adapter.rank} to {wish.rank}: relative error {found.error:.2%} of the update,"
@@ -118,7 +137,9 @@ def _weights(source: _Source, expert: Expert, wish: ExportWish) -> Path:
     if source.config.lora is None:
         folder = trained_folder(source.run, expert, source.experts)
         if not folder.is_dir():
-            raise ConfigError(Problem("the run is not finished", str(source.run), "continue it with --resume"))
+            raise ConfigError(
+                Problem("the run is not finished", str(source.run), "continue it with --resume", code="run-unfinished")
+            )
         files = replace(files, transformers={expert.component: folder})
     else:
         change = _merging(_chosen(source, expert, wish), files)
@@ -131,7 +152,11 @@ def _weights(source: _Source, expert: Expert, wish: ExportWish) -> Path:
     if wish.max_shard_bytes is None:
         write_file(out, lambda staged: write_tensors(staged, tensors))
     elif out.exists():
-        raise ConfigError(Problem("is there already", str(out), "give a new folder for weights in several files"))
+        raise ConfigError(
+            Problem(
+                "is there already", str(out), "give a new folder for weights in several files", code="export-exists"
+            )
+        )
     else:
         most = wish.max_shard_bytes
         write_folder(out, lambda staged: write_shards(staged, tensors, most))

@@ -149,7 +149,7 @@ class StrategyInForce:
 
     def _refuse(self, strategy: MemoryStrategy) -> None:
         """Raises ConfigError on every rank where host or disk of one cannot hold what a fallback moves there."""
-        refusal = ConfigError("another rank has no room for it")
+        refusal = ConfigError(Problem("another rank has no room for it", code="rank-without-room"))
         try:
             self._check(strategy.model_copy(update={"optimizer_offload": False}))  # its states are there already
             refused = False
@@ -221,7 +221,7 @@ def out_of_memory(message: str, run: Path) -> RunError:
     remedy = (
         "use fewer data.num_frames, a smaller training.micro_batch_size or memory.activation_offload, then --resume"
     )
-    return RunError(Problem(f"the device ran out of memory ({message})", str(run), remedy))
+    return RunError(Problem(f"the device ran out of memory ({message})", str(run), remedy, code="memory-device-full"))
 
 
 def first_line(error: torch.OutOfMemoryError) -> str:

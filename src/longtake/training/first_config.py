@@ -32,7 +32,9 @@ def write_first_config(model: str, source: Path, output: Path, reporter: Reporte
     Raises ConfigError where `output` exists, DataError and ModelError where data or model cannot be used.
     """
     if output.exists():
-        raise ConfigError(Problem("the file exists", str(output), "choose another name with -o"))
+        raise ConfigError(
+            Problem("the file exists", str(output), "choose another name with -o", code="config-file-exists")
+        )
     variant, section = _model(model)
     infos = _probe_all(source, variant, reporter)
     precision = _precision(variant)
@@ -78,7 +80,9 @@ def _probe_all(source: Path, variant: WanVariant, reporter: Reporter) -> list[Cl
     for problem in problems:
         reporter.line(f"left out: {problem}")
     if not infos:
-        raise DataError(Problem("no clip can be used", str(source), "mend the clips named above"))
+        raise DataError(
+            Problem("no clip can be used", str(source), "mend the clips named above", code="clip-none-usable")
+        )
     return infos
 
 

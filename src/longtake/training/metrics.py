@@ -89,5 +89,7 @@ def _wandb(project: str, run: Path, settings: dict[str, Any]) -> Any:
         import wandb
     except ImportError:
         remedy = "pip install 'longtake[logging]', or leave the key out"
-        raise ConfigError(Problem("wandb is not installed", "output.wandb", remedy)) from None
+        raise ConfigError(
+            Problem("wandb is not installed", "output.wandb", remedy, code="wandb-not-installed")
+        ) from None
     return wandb.init(project=project, name=run.name, dir=str(run), config=settings, id=run.name, resume="allow")

@@ -65,7 +65,12 @@ def choose_experts(config: RunConfig, spec: ModelSpec) -> tuple[Expert, ...]:
         if wanted != "both":
             remedy = 'leave it out, or "both"'
             raise ConfigError(
-                Problem(f"{spec.name} has one transformer, not a {wanted}-noise one", "model.expert", remedy)
+                Problem(
+                    f"{spec.name} has one transformer, not a {wanted}-noise one",
+                    "model.expert",
+                    remedy,
+                    code="model-without-experts",
+                )
             )
         return (Expert(spec.experts[0], (0.0, 1.0)),)
     assert spec.boundary_ratio is not None
@@ -76,7 +81,7 @@ def choose_experts(config: RunConfig, spec: ModelSpec) -> tuple[Expert, ...]:
     if config.validation.samples:
         what = "samples need both transformers, the run trains one"
         remedy = 'leave them out and use `longtake sample` afterwards, or set model.expert = "both"'
-        raise ConfigError(Problem(what, "validation.samples", remedy))
+        raise ConfigError(Problem(what, "validation.samples", remedy, code="sample-of-one-expert"))
     return tuple(expert for expert in both if expert.noise == wanted)
 
 

@@ -57,7 +57,9 @@ def _results(run: Path, config: RunConfig) -> tuple[str, ...]:
     else:
         found = sorted(path.name for path in run.glob("adapter*.safetensors"))
     if not found:
-        raise ConfigError(Problem("the run is not finished", str(run), "continue it with --resume"))
+        raise ConfigError(
+            Problem("the run is not finished", str(run), "continue it with --resume", code="run-unfinished")
+        )
     return tuple(found)
 
 
@@ -99,28 +101,50 @@ def _in_words(error: Exception, to: Destination) -> LongtakeError | Exception:
     if isinstance(error, HFValidationError):
         return ConfigError(_no_name(to))
     if isinstance(error, OfflineModeIsEnabled):
-        return RunError(Problem("the hub's library is offline", where, "unset HF_HUB_OFFLINE"))
+        return RunError(Problem("the hub's library is offline", where, "unset HF_HUB_OFFLINE", code="push-offline"))
     if isinstance(error, LocalTokenNotFoundError):
-        return RunError(Problem("you are not logged in", where, "run `hf auth login`"))
+        return RunError(Problem("you are not logged in", where, "run `hf auth login`", code="push-not-logged-in"))
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         return RunError(_refusal(error.response.status_code, error, where))
     if isinstance(error, (OSError, *HfHubHTTPError.__bases__)):
-        return RunError(Problem(f"the hub cannot be reached ({_line(error)})", where, "check network and HF_ENDPOINT"))
+        return RunError(
+            Problem(
+                f"the hub cannot be reached ({_line(error)})",
+                where,
+                "check network and HF_ENDPOINT",
+                code="push-unreachable",
+            )
+        )
     return error
 
 
 def _no_name(to: Destination) -> Problem:
-    return Problem("this is no name of a repository", f"--repo {to.repo}", "write owner/name")
+    return Problem("this is no name of a repository", f"--repo {to.repo}", "write owner/name", code="push-name-wrong")
 
 
 def _refusal(status: int, error: Exception, where: str) -> Problem:
     if status == 401:
-        return Problem("the hub does not know you", where, "run `hf auth login` with a token that may write")
+        return Problem(
+            "the hub does not know you",
+            where,
+            "run `hf auth login` with a token that may write",
+            code="push-token-refused",
+        )
     if status == 403:
-        return Problem("you may not write there", where, "use a repository of yours and a token that may write")
+        return Problem(
+            "you may not write there",
+            where,
+            "use a repository of yours and a token that may write",
+            code="push-forbidden",
+        )
     if status == 404:
-        return Problem("there is no such repository, or you may not see it", where, "check owner and name")
-    return Problem(f"the hub refused it ({_line(error)})", where, "try again later")
+        return Problem(
+            "there is no such repository, or you may not see it",
+            where,
+            "check owner and name",
+            code="push-repository-missing",
+        )
+    return Problem(f"the hub refused it ({_line(error)})", where, "try again later", code="push-refused")
 
 
 def _line(error: Exception) -> str:

@@ -24,10 +24,22 @@ def restore(checkpoint: Checkpoint, trained: Trained) -> None:
         # what no rank knows of the stored, or the store not of the rank's
         if set(weights.names()) != backend.parameters.keys() or [*fill(held["trained"], weights)]:
             where = str(checkpoint.folder)
-            raise RunError(Problem("the checkpoint holds other parameters than the run trains", where))
+            raise RunError(
+                Problem(
+                    "the checkpoint holds other parameters than the run trains",
+                    where,
+                    code="checkpoint-other-parameters",
+                )
+            )
         load_states(held["optimizer"], checkpoint.of("optimizer", prefix))
     if average is not None and [*fill(average.pieces, checkpoint.of("ema", prefix))]:
-        raise RunError(Problem("the checkpoint has no average of the weights", str(checkpoint.folder)))
+        raise RunError(
+            Problem(
+                "the checkpoint has no average of the weights",
+                str(checkpoint.folder),
+                code="checkpoint-average-missing",
+            )
+        )
     backend.scale.load_state(checkpoint.state.get(f"{prefix}backend", {}))
 
 
@@ -40,6 +52,13 @@ def load_states(pieces: Sequence[Piece], files: TensorFiles) -> None:
     for piece in pieces:
         if piece.name.split("/")[0] in known and files.shapes.get(piece.name) != piece.shape:
             what = "the checkpoint's optimiser states are not those of the run's optimiser"
-            raise RunError(Problem(what, piece.name, "set memory.optimizer as it was, or start a new run"))
+            raise RunError(
+                Problem(
+                    what,
+                    piece.name,
+                    "set memory.optimizer as it was, or start a new run",
+                    code="checkpoint-other-optimizer",
+                )
+            )
     with torch.no_grad():
         [*fill(pieces, files)]

@@ -49,7 +49,12 @@ def read_run(run: Path) -> RunConfig:
     """The config of a run; raises ConfigError where the folder is no run."""
     if not (run / CONFIG).is_file():
         raise ConfigError(
-            Problem("this is no run folder (it has no config.toml)", str(run), "give output.run of a run")
+            Problem(
+                "this is no run folder (it has no config.toml)",
+                str(run),
+                "give output.run of a run",
+                code="run-missing",
+            )
         )
     return load_config(run / CONFIG)
 
@@ -65,7 +70,12 @@ def run_adapter(run: Path, config: RunConfig, spec: ModelSpec, expert: Expert, r
     checkpoint = load_newest(run, reporter.line)
     if checkpoint is None:
         raise ConfigError(
-            Problem("the run has no adapter and no checkpoint yet", str(run), "wait for output.save_every")
+            Problem(
+                "the run has no adapter and no checkpoint yet",
+                str(run),
+                "wait for output.save_every",
+                code="run-nothing-saved",
+            )
         )
     reporter.line(f"the run is not finished: using the checkpoint after step {checkpoint.step}")
     prefix = prefix_of(expert)
@@ -123,7 +133,9 @@ def _trained_transformer(
     if config.lora is None:
         folder = trained_folder(run, expert, choose_experts(config, spec))
         if not folder.is_dir():
-            raise ConfigError(Problem("the run is not finished", str(run), "continue it with --resume"))
+            raise ConfigError(
+                Problem("the run is not finished", str(run), "continue it with --resume", code="run-unfinished")
+            )
         return load_transformer(replace(model_files, transformers={component: folder}), component, dtype, device)
     transformer = load_transformer(model_files, component, dtype, device)
     adapter = run_adapter(run, config, spec, expert, reporter)
@@ -136,13 +148,18 @@ def _request(wish: Wish, size: tuple[int, int], num_frames: int, shift: float) -
         match = re.fullmatch(r"(\d+)x(\d+)", wish.size)
         if match is None:
             raise ConfigError(
-                Problem(f"cannot read {wish.size!r}", "--size", "write WIDTHxHEIGHT, for example 832x480")
+                Problem(
+                    f"cannot read {wish.size!r}",
+                    "--size",
+                    "write WIDTHxHEIGHT, for example 832x480",
+                    code="flag-unreadable",
+                )
             )
         size = (int(match[1]), int(match[2]))
     return SampleRequest(
         prompt=wish.prompt,
-        image=read_image(wish.image, size) if wish.image else None,
-        last_image=read_image(wish.last_image, size) if wish.last_image else None,
+        image=read_image(wish.image.resolve(), size) if wish.image else None,
+        last_image=read_image(wish.last_image.resolve(), size) if wish.last_image else None,
         size=size,
         num_frames=wish.num_frames or num_frames,
         steps=wish.steps,
@@ -159,7 +176,7 @@ def model_of(model: str, low_noise_model: str = "", components: str = "") -> Mod
     name = "" if path else model
     if low_noise_model and not path:
         what = "it goes with the file of the high-noise transformer"
-        raise ConfigError(Problem(what, "--low-noise-model", "give that file as --model"))
+        raise ConfigError(Problem(what, "--low-noise-model", "give that file as --model", code="model-low-noise-alone"))
     return ModelConfig(name=name, path=path, low_noise_path=low_noise_model, components=components)
 
 
@@ -179,7 +196,9 @@ def adapters_of(loras: Sequence[Path], spec: ModelSpec, say: Callable[[str], Non
             say(of_another)
         component = _expert_of(adapter, path, spec)
         if component in found:
-            raise ModelError(Problem(f"there is a LoRA for {component} already", str(path), "give one for each"))
+            raise ModelError(
+                Problem(f"there is a LoRA for {component} already", str(path), "give one for each", code="lora-twice")
+            )
         found[component] = adapter
     return found
 
@@ -192,5 +211,5 @@ def _expert_of(adapter: Adapter, path: Path, spec: ModelSpec) -> str:
     said = [told] if told in ("high", "low") else [noise for noise in ("high", "low") if noise in path.stem.lower()]
     if len(said) != 1:
         what = "the file does not say which of the two transformers it is for"
-        raise ModelError(Problem(what, str(path), 'put "high" or "low" into its name'))
+        raise ModelError(Problem(what, str(path), 'put "high" or "low" into its name', code="lora-expert-unclear"))
     return spec.experts[0 if said == ["high"] else 1]

@@ -39,11 +39,14 @@ from longtake.training.metrics import Metrics
 from longtake.training.model import TrainedModel, build_models, choose_experts, find_model
 from longtake.training.optimizer import allocate_states, build_optimizer
 from longtake.training.outputs import write_outputs
+from longtake.training.parts import Parts
 from longtake.training.planned import FILE as PLAN
 from longtake.training.planned import Forecast, Planned
 from longtake.training.precision import DTYPES
+from longtake.training.run_events import RunEvents
 from longtake.training.run_folder import check_run, goes_on, open_run, record_config
-from longtake.training.trainer import Parts, Trainer
+from longtake.training.samples import SampleReader
+from longtake.training.trainer import Trainer
 from longtake.training.validation import Validation
 
 
@@ -59,6 +62,7 @@ class _Begun:
     planned: Planned | None
     gauge: MemoryGauge
     stop: StopRequest
+    events: RunEvents
 
 
 @dataclass(frozen=True)
@@ -93,8 +97,10 @@ def train(
         run = ranks.first(lambda: held.enter_context(open_run(asked, resume, reporter.line)))
         check_shared(ranks, run)
         gauge = held.enter_context(closing(MemoryGauge(ranks.device)))
-        ranks.each(lambda: hold_to_budget(config, gauge, ranks.device, reporter, planned))
-        _go(_Begun(asked, config, run, ranks, reporter, planned, gauge, stop), found, resume)
+        events = RunEvents(run, reporter.line, ranks)
+        with events.noting_the_end():
+            ranks.each(lambda: hold_to_budget(config, gauge, ranks.device, reporter, planned))
+            _go(_Begun(asked, config, run, ranks, reporter, planned, gauge, stop, events), found, resume)
     return run
 
 
@@ -128,7 +134,7 @@ def _check_shares(config: RunConfig, spec: ModelSpec, sampler: BucketSampler, ra
     for frames, height, width in sorted(shapes):
         if (tokens := spec.tokens(frames, height, width)) < config.parallel.sp:
             what = f"{tokens} tokens of {frames} frames of {width}x{height} are fewer than ranks that share them"
-            found.append(Problem(what, "parallel.sp", f"at most {tokens}"))
+            found.append(Problem(what, "parallel.sp", f"at most {tokens}", code="rank-without-tokens"))
     if found:
         raise ConfigError(found)
 
@@ -137,7 +143,8 @@ def _go(begun: _Begun, found: _Found, resume: bool) -> None:
     """Builds the model, trains it, and writes what comes of it."""
     config, ranks, say = begun.config, begun.ranks, begun.reporter.line
     models = ranks.each(lambda: build_models(config, found.model_files, ranks.device, ranks))
-    checkpoint = ranks.first(lambda: load_newest(begun.run, say)) if resume else None
+    damaged = begun.events.telling("checkpoint-damaged")
+    checkpoint = ranks.first(lambda: load_newest(begun.run, damaged)) if resume else None
     with ExitStack() as held:
         strategy = _strategy(begun, models, found.sampler, checkpoint.step if checkpoint else 0, held)
         ranks.each(strategy.check)
@@ -168,12 +175,13 @@ def _fit(trainer: Trainer, checkpoint: Checkpoint | None) -> int:
     parts, first_step = trainer.parts, checkpoint.step if checkpoint else 0
     if checkpoint is not None:
         trainer.restore(checkpoint)
-        parts.reporter.line(f"resumed after step {first_step}")
+        parts.events.at(first_step)
+        parts.events.tell("run-resumed", f"resumed after step {first_step}")
     for trained in parts.trained:
         allocate_states(trained.backend.optimizer)
     if first_step < parts.config.training.steps:
         with held_of(parts.trained) as held:
-            check_room(parts.run, held, parts.config.output.keep, parts.reporter.line, parts.ranks)
+            check_room(parts.run, held, parts.config.output.keep, parts.events.telling("disk-low"), parts.ranks)
     trainer.fit(first_step)
     assert trainer.saved_step is not None, "a run ends with a checkpoint"
     return trainer.saved_step
@@ -204,7 +212,8 @@ def _strategy(
     tokens = -(-spec.tokens(*visits[0].entry.bucket) // config.parallel.sp)
     workload = Workload(tokens, training.micro_batch_size, DTYPES[training.precision].itemsize)
     among = Among(sharing, config.parallel.strategy in SHARDED)
-    return StrategyInForce(models, config.memory, workload, begun.run, begun.reporter.line, ranks, among)
+    say = begun.events.telling("memory-ran-out")  # all that it says is about that
+    return StrategyInForce(models, config.memory, workload, begun.run, say, ranks, among)
 
 
 def _parts(
@@ -227,15 +236,21 @@ def _parts(
         trained=trained,
         strategy=strategy,
         ranks=ranks,
-        share=validation.share,
-        sampler=forecast.sampler,
-        reader=validation.reader,
+        samples=SampleReader(
+            forecast.sampler,
+            validation.share,
+            validation.reader,
+            config.training,
+            config.data.caption_dropout,
+            tuple(model.expert.sigma_range for model in strategy.models),
+        ),
         validation=validation,
         metrics=Metrics(begun.run, resumed, config.output.wandb, config.model_dump(), ranks.is_first),
         gauge=begun.gauge,
         forecast=forecast,
         device=validation.device,
         reporter=begun.reporter,
+        events=begun.events,
     )
 
 

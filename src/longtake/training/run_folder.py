@@ -12,6 +12,7 @@ from longtake.config.schema import RunConfig
 from longtake.distributed.ranks import Ranks, job, restarted
 from longtake.errors import ConfigError, Problem
 from longtake.training.checkpoint import FOLDER as CHECKPOINTS
+from longtake.training.run_events import FILE as EVENTS
 
 CONFIG = "config.toml"
 LOCK = ".lock"
@@ -27,6 +28,7 @@ FREE_TO_CHANGE = (
     "training.steps",
     "training.micro_batch_size",
     "data.cache",
+    "data.workers",
 )
 """Keys that a resumed run may change: they do not decide what a step computes, but for `steps`, which is said."""
 
@@ -37,9 +39,11 @@ def check_run(config: RunConfig, resume: bool, say: Callable[[str], None]) -> No
     stored = run / CONFIG
     if not resume and _holds_something(run):
         remedy = "add --resume to continue it, or set another output.run"
-        raise ConfigError(Problem("the run folder is not empty", str(run), remedy))
+        raise ConfigError(Problem("the run folder is not empty", str(run), remedy, code="run-folder-not-empty"))
     if resume and not stored.is_file():
-        raise ConfigError(Problem("there is no run to resume", str(run), "leave out --resume"))
+        raise ConfigError(
+            Problem("there is no run to resume", str(run), "leave out --resume", code="run-nothing-to-resume")
+        )
     if resume:
         _compare(load_config(stored), config, say)
 
@@ -56,7 +60,7 @@ def open_run(config: RunConfig, resume: bool, say: Callable[[str], None]) -> Ite
         disk.make(run)
     except OSError as error:
         what = f"the run folder cannot be made ({error.strerror})"
-        raise ConfigError(Problem(what, str(run), "set another output.run")) from None
+        raise ConfigError(Problem(what, str(run), "set another output.run", code="run-folder-not-made")) from None
     with _held(run):
         for folder in (run, run / CHECKPOINTS, run / "samples"):
             files.remove_staged(folder)
@@ -80,12 +84,12 @@ def _begun_by(run: Path) -> str | None:
     if not (run / CONFIG).is_file():
         return None
     path = run / JOB
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _holds_something(run: Path) -> bool:
     """Whether anything is in the folder but what a process killed before it began leaves there."""
-    left = (LOCK, JOB, SCRATCH)
+    left = (LOCK, JOB, SCRATCH, EVENTS)
     return run.exists() and any(path.name not in left and files.STAGED not in path.name for path in run.iterdir())
 
 
@@ -96,7 +100,9 @@ def _compare(before: RunConfig, after: RunConfig, say: Callable[[str], None]) ->
             say(f"resumed with another {key}: {new!r} instead of {old!r}")
         else:
             remedy = "start a new run with it, or change it back"
-            problems.append(Problem(f"the run was started with {old!r}, not {new!r}", key, remedy))
+            problems.append(
+                Problem(f"the run was started with {old!r}, not {new!r}", key, remedy, code="run-settings-changed")
+            )
     if problems:
         raise ConfigError(problems)
 
@@ -112,5 +118,7 @@ def _held(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ConfigError(Problem("another process trains in this folder", str(run), "wait for it")) from None
+            raise ConfigError(
+                Problem("another process trains in this folder", str(run), "wait for it", code="run-in-use")
+            ) from None
         yield

@@ -3,13 +3,14 @@
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -75,13 +76,20 @@ class TensorFiles:
                 reached = until
         if reached < stop:
             what = f"{stop - reached} values of {name} are in no file"
-            raise RunError(Problem(what, str(self.folder), "go back to another checkpoint: remove this one"))
+            raise RunError(
+                Problem(
+                    what,
+                    str(self.folder),
+                    "go back to another checkpoint: remove this one",
+                    code="checkpoint-incomplete",
+                )
+            )
         if not parts:  # no values are asked for: of those ranks that have none
             return torch.empty(0)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _read_header(self, path: Path) -> None:
-        with safe_open(path, framework="pt") as file:
+        with _refusals(path), safe_open(path, framework="pt") as file:
             shapes: Mapping[str, Any] = json.loads((file.metadata() or {}).get(SHAPES, "{}"))
             for key in file.keys():  # noqa: SIM118  # it is no mapping
                 if not key.startswith(self.prefix):
@@ -111,17 +119,35 @@ def fill(pieces: Sequence[Piece], files: TensorFiles) -> Iterator[Piece]:
             continue
         if files.shapes[piece.name] != piece.shape:
             what = f"{piece.name} was saved as {list(files.shapes[piece.name])} and is {list(piece.shape)} now"
-            raise RunError(Problem(what, str(files.folder), "use the settings that the run was started with"))
+            raise RunError(
+                Problem(
+                    what,
+                    str(files.folder),
+                    "use the settings that the run was started with",
+                    code="checkpoint-other-shape",
+                )
+            )
         with torch.no_grad():
             piece.values.copy_(files.stretch(piece.name, piece.start, piece.stop))
 
 
 def _values(stored: _Stored, first: int, last: int) -> Tensor:
-    with safe_open(stored.file, framework="pt") as file:
+    with _refusals(stored.file), safe_open(stored.file, framework="pt") as file:
         found = file.get_slice(stored.key)
         if len(found.get_shape()) == 1:
             return found[first:last]
         return file.get_tensor(stored.key).view(-1)[first:last]
+
+
+@contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """What is none of the files that `write_pieces` writes becomes a RunError, though a manifest may vouch for it."""
+    try:
+        yield
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        what = f"this is no file of a checkpoint ({error})"
+        remedy = "go back to another checkpoint: remove this one"
+        raise RunError(Problem(what, str(path), remedy, code="checkpoint-unreadable")) from error
 
 
 def _shaped(piece: Piece) -> Tensor:

@@ -3,64 +3,28 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from longtake.config.schema import RunConfig
-from longtake.data.loader import BucketSampler, EntryReader, Prefetcher, Visit
-from longtake.distributed.ranks import Ranks
-from longtake.errors import Problem, RunError, agreed
-from longtake.memory_gauge import MemoryGauge
-from longtake.models.spec import ModelSpec
-from longtake.progress import Advance, Reporter
+from longtake.data.reading_ahead import ReadingAhead
+from longtake.errors import LongtakeError, Problem, RunError, agreed
+from longtake.progress import Advance
 from longtake.training.accumulation import accumulate
-from longtake.training.batch import Sample, read_sample
 from longtake.training.checkpoint import Checkpoint, checkpoint_path, save_checkpoint
-from longtake.training.experts import Trained, averages_in_use, expert_of_step, held_of, prefix_of
-from longtake.training.fallback import StrategyInForce, first_line
+from longtake.training.clock_watch import ClockWatch
+from longtake.training.experts import Trained, averages_in_use, held_of, prefix_of
+from longtake.training.fallback import first_line
 from longtake.training.interrupt import StopRequest
-from longtake.training.metrics import Metrics
-from longtake.training.model import Expert
 from longtake.training.optimizer import learning_rate, set_rate
-from longtake.training.planned import Forecast
+from longtake.training.parts import Parts
 from longtake.training.restoring import restore
-from longtake.training.validation import Validation
+from longtake.training.samples import Sample
 from longtake.units import format_bytes
 
 MOST_SKIPPED = 3
 """Updates in a row that may be skipped for a loss or gradient that is not finite."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a run is made of; each part is usable on its own. Of several ranks each has its own.
-
-    `share` is which of the groups of ranks that have clips of their own this rank is in, and how many there are.
-    """
-
-    config: RunConfig
-    run: Path
-    trained: tuple[Trained, ...]
-    strategy: StrategyInForce
-    ranks: Ranks
-    share: tuple[int, int]
-    sampler: BucketSampler
-    reader: EntryReader
-    validation: Validation
-    metrics: Metrics
-    gauge: MemoryGauge
-    forecast: Forecast
-    device: torch.device
-    reporter: Reporter
-
-    @property
-    def spec(self) -> ModelSpec:
-        """The model's."""
-        return self.trained[0].model.spec
 
 
 class Trainer:
@@ -69,6 +33,7 @@ class Trainer:
     def __init__(self, parts: Parts, stop: StopRequest) -> None:
         self.parts = parts
         self.stop = stop
+        self.clock = ClockWatch()
         self.skipped_in_row = 0
         self.saved_step: int | None = None
 
@@ -82,24 +47,24 @@ class Trainer:
         """Trains to the last step, saving and validating on the way; the strategy is applied and stays so.
 
         Raises RunError where a signal stopped the run (after saving), three updates in a row were not finite, or memory
-        ran out under every strategy or in an update.
+        ran out under every strategy or in an update; CacheError (after saving) where an entry is damaged or gone.
         """
         parts, training = self.parts, self.parts.config.training
-        loader = Prefetcher(self._read, training.steps)
         if first_step < training.steps:
             self._rehearse(first_step)
         if self._to_look(first_step) and not parts.metrics.has_validation(first_step):
             self._validate(first_step)  # or a run that ended between a checkpoint and its validation would lack it
         parts.forecast.begin(parts.strategy.current)
-        with parts.reporter.bar("training", training.steps, "steps", first_step, parts.forecast.left) as advance:
-            for step, samples in loader.steps(first_step):
-                self._show(self._step(step, samples), advance)
+        bar = parts.reporter.bar("training", training.steps, "steps", first_step, parts.forecast.left)
+        with self._reading(first_step) as ahead, bar as advance:
+            for step in range(first_step, training.steps):
+                self._show(self._step(step, self._take(ahead, step)), advance)
                 done, stopped = step + 1, self._stopped()
+                self._look_at_clock(done)
                 if done == training.steps or stopped or done % parts.config.output.save_every == 0:
                     self.save(done)
                 if stopped:
-                    what = f"stopped by {stopped} after step {done}, which is saved"
-                    raise agreed(RunError(Problem(what, str(parts.run), "continue with --resume")))
+                    raise self._stopped_after(done, stopped)
                 if self._to_look(done):
                     self._validate(done)
 
@@ -119,19 +84,45 @@ class Trainer:
             return asked
         return next(signal for signal in self.parts.ranks.gathered(asked) if signal)
 
-    def _read(self, step: int) -> list[Sample]:
-        """This rank's share of the global batch."""
-        return self._read_all(self.parts.sampler.share(step, *self.parts.share), self._of(step).model.expert)
+    def _stopped_after(self, step: int, signal: str) -> LongtakeError:
+        what = f"stopped by {signal} after step {step}, which is saved"
+        return agreed(RunError(Problem(what, str(self.parts.run), "continue with --resume", code="run-stopped")))
 
-    def _read_all(self, visits: Sequence[Visit], expert: Expert) -> list[Sample]:
-        parts = self.parts
-        training, dropout = parts.config.training, parts.config.data.caption_dropout
-        return [read_sample(visit, parts.reader, training, dropout, expert.sigma_range) for visit in visits]
+    def _reading(self, first_step: int) -> ReadingAhead[list[Sample]]:
+        parts, steps = self.parts, range(first_step, self.parts.config.training.steps)
+        tell = partial(parts.events.tell, own=True)
+        return ReadingAhead(parts.samples, steps, parts.config.data.workers, tell)
+
+    def _take(self, ahead: ReadingAhead[list[Sample]], step: int) -> Sequence[Sample]:
+        """This rank's share of the global batch; where a rank has none to come, all save what is done and leave."""
+        ranks = self.parts.ranks
+        try:
+            samples = ranks.each(lambda: ahead.take(step, lambda: bool(self.stop.signal)))
+        except LongtakeError:
+            try:
+                self._save_once(step)
+            except RunError as refused:
+                self.parts.events.tell("save-refused", str(refused))  # beside what ends the run
+            raise
+        if ranks.any(samples is None):
+            self._save_once(step)
+            raise self._stopped_after(step, self._stopped())
+        assert samples is not None
+        return samples
+
+    def _save_once(self, step: int) -> None:
+        """Saves what `step` updates have made, unless there are none, or that is there already."""
+        if step != (self.saved_step or 0):
+            self.save(step)
+
+    def _look_at_clock(self, step: int) -> None:
+        self.parts.events.at(step)
+        if said := self.clock.jumped():
+            self.parts.events.tell("clock-set", f"after step {step}: {said}; no time that is measured depends on it")
 
     def _of(self, step: int) -> Trained:
         """What a step trains."""
-        trained = self.parts.trained
-        return trained[expert_of_step(step, [each.model.expert for each in trained], self.parts.config.training)]
+        return self.parts.trained[self.parts.samples.turn(step)]
 
     def _rehearse(self, first_step: int) -> None:
         """Forward and backward of the largest micro-batch to come: memory runs out now or in no bucket.
@@ -140,10 +131,10 @@ class Trainer:
         """
         parts = self.parts
         size = parts.config.training.micro_batch_size
-        visits = parts.sampler.largest(parts.spec.tokens, size, first_step)
+        visits = parts.samples.sampler.largest(parts.spec.tokens, size, first_step)
         devices = [parts.device] if parts.device.type == "cuda" else []
         for trained in parts.trained:
-            samples, waits = self._read_all(visits, trained.model.expert), trained.backend.waits
+            samples, waits = parts.samples.read(visits, trained.model.expert.sigma_range), trained.backend.waits
             # gradients that are not to be used are not summed up, so that memory may run out on one rank alone
             once = partial(accumulate, trained, samples, parts.config, parts.device, last=waits)
             with torch.random.fork_rng(devices):
@@ -165,7 +156,7 @@ class Trainer:
         again = partial(_drop, trained) if parts.ranks.world == 1 else None  # else others may wait for its gradients
         compute = partial(accumulate, trained, samples, parts.config, parts.device)
         loss, retries = parts.strategy.attempt(compute, f"step {step + 1}", again)
-        (loss,) = parts.ranks.summed(loss / (parts.ranks.world // parts.share[1]))
+        (loss,) = parts.ranks.summed(loss / (parts.ranks.world // parts.samples.share[1]))
         try:
             norm, skip = self._update(trained, loss)
         except torch.OutOfMemoryError as error:
@@ -196,7 +187,7 @@ class Trainer:
         if retries:
             line["out_of_memory"] = retries
         if skip:
-            skipped = [visit.key for visit in parts.sampler.batch(step)]
+            skipped = [visit.key for visit in parts.samples.sampler.batch(step)]
             line |= {"loss": None, "grad_norm": None, "skipped": skipped}
         parts.metrics.write(step + 1, line)
         self._count_skips(step, skip)
@@ -221,7 +212,7 @@ class Trainer:
             f"the last checkpoint is {checkpoint_path(run, saved)}" if saved is not None else "no checkpoint is there"
         )
         remedy = f"{last}; set memory.optimizer_offload = true or use fewer data.num_frames, then --resume"
-        return RunError(Problem(what, str(run), remedy))
+        return RunError(Problem(what, str(run), remedy, code="memory-device-full-in-update"))
 
     def _count_skips(self, step: int, skip: bool) -> None:
         """An overflow under fp16 is how the scale is found; elsewhere three in a row end the run."""
@@ -230,12 +221,13 @@ class Trainer:
             self.skipped_in_row = 0
             return
         self.skipped_in_row += 1
-        parts.reporter.line(f"step {step + 1}: loss or gradient is not finite; the update is skipped")
+        what = f"step {step + 1}: loss or gradient is not finite; the update is skipped"
+        parts.events.tell("update-skipped", what)
         most = MOST_SKIPPED if parts.config.training.precision != "fp16" else 30
         if self.skipped_in_row >= most:
             what = f"{most} updates in a row had a loss or gradient that is not finite, the last at step {step + 1}"
             remedy = "lower training.learning_rate, and continue with --resume from the last checkpoint"
-            raise agreed(RunError(Problem(what, str(parts.run), remedy)))
+            raise agreed(RunError(Problem(what, str(parts.run), remedy, code="loss-not-finite")))
 
     def _to_look(self, step: int) -> bool:
         config = self.parts.config

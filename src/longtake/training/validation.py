@@ -16,11 +16,12 @@ from longtake.distributed.ranks import ALONE, Ranks
 from longtake.errors import ConfigError
 from longtake.models.spec import ModelSpec
 from longtake.sampling import EncodedRequest, SampleRequest, check_request, encode_requests, sample_encoded
-from longtake.training.batch import Sample, collate, summed_loss
+from longtake.training.batch import collate, summed_loss
 from longtake.training.experts import share_of
 from longtake.training.flow_matching import Draw, generator_for, quantile_of, sigma_at
 from longtake.training.model import TrainedModel
 from longtake.training.precision import compute_in
+from longtake.training.samples import Sample
 
 SIGMAS = 4
 """Sigmas a clip, at the middle of equal shares of their distribution."""
@@ -113,8 +114,8 @@ class Validation:
         for index, wanted in enumerate(validation.samples):
             request = SampleRequest(
                 prompt=wanted.prompt,
-                image=read_image(Path(wanted.image), size) if wanted.image else None,
-                last_image=read_image(Path(wanted.last_image), size) if wanted.last_image else None,
+                image=read_image(Path(wanted.image).resolve(), size) if wanted.image else None,
+                last_image=read_image(Path(wanted.last_image).resolve(), size) if wanted.last_image else None,
                 size=size,
                 num_frames=self.config.data.num_frames,
                 steps=validation.sample_steps,

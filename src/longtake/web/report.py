@@ -16,6 +16,8 @@ from longtake.web.run_folder import NOISES, Record, RunFolder, SampleVideo, poin
 EMBEDDED_BYTES = 64 * 2**20
 """Sample videos up to this sum are in the page, newest first; the rest are links into the run folder."""
 
+SHOWN_EVENTS = 100
+
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; media-src data: 'self' file:; img-src data:"
 
 
@@ -51,7 +53,8 @@ def render_report(run: RunFolder, embedded_bytes: int = EMBEDDED_BYTES) -> str:
 <header><p class="brand">Longtake run</p><h1>{name}</h1><p class="model">{escape(str(title))}</p></header>
 {notes}<dl class="summary">{"".join(_summary(run))}</dl>
 <section class="charts">{"".join(_charts(run))}</section>
-{_samples(run, embedded_bytes)}<section><details><summary>Settings <small>config.toml, resolved</small></summary>
+{_samples(run, embedded_bytes)}{_events(run)}
+<section><details><summary>Settings <small>config.toml, resolved</small></summary>
 <pre>{escape(run.settings) or "nothing recorded"}</pre></details></section>
 </body>
 </html>
@@ -148,6 +151,21 @@ def _samples(run: RunFolder, embedded_bytes: int) -> str:
             shown.append(_sample(sample, embedded=left >= 0))
         groups.append(f'<h3>Step {step}</h3><div class="samples">{"".join(shown)}</div>')
     return f"<section><h2>Samples</h2>{''.join(groups)}</section>\n"
+
+
+def _events(run: RunFolder) -> str:
+    """The last of them; a run that goes on for weeks over a bad disk has many."""
+    if not run.events:
+        return ""
+    shown = run.events[-SHOWN_EVENTS:]
+    before = f" <small>the last {len(shown)} of {len(run.events)}</small>" if len(shown) < len(run.events) else ""
+    rows = "".join(
+        f"<tr><td>{escape(event.time)}</td><td>{'' if event.step is None else event.step}</td>"
+        f"<td>{escape(event.kind)}</td><td>{escape(event.what)}</td></tr>"
+        for event in shown
+    )
+    head = "<tr><th>Time</th><th>Step</th><th>Kind</th><th>What</th></tr>"
+    return f'<section><h2>Events{before}</h2><table class="events">{head}{rows}</table></section>\n'
 
 
 def _sample(sample: SampleVideo, *, embedded: bool) -> str:

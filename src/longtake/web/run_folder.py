@@ -28,12 +28,22 @@ class SampleVideo:
 
 
 @dataclass(frozen=True)
+class RunEvent:
+    """A line of events.jsonl: a fault, or what else befell the run; `time` as written, `step` as updates done."""
+
+    time: str
+    step: int | None
+    kind: str
+    what: str
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """A run: `steps` and `validations` are the lines of metrics.jsonl in the order of their steps, finite numbers only.
 
     `settings` is config.toml as written, `config` the same parsed (empty where it cannot be). `adapters` are there from
     the run's end on, one for each expert. `noise` says of which expert a step was, "high" or "low", where there are
-    two. `notes` are sentences about what could not be read.
+    two. `events` are in the order of events.jsonl. `notes` are sentences about what could not be read.
     """
 
     path: Path
@@ -44,6 +54,7 @@ class RunFolder:
     config: Mapping[str, Any]
     adapters: tuple[Path, ...]
     noise: Mapping[float, str]
+    events: tuple[RunEvent, ...]
     notes: tuple[str, ...]
 
 
@@ -55,7 +66,7 @@ def read_run(path: Path) -> RunFolder:
     """
     if not any((path / name).is_file() for name in ("config.toml", "metrics.jsonl")):
         remedy = "give the folder that `longtake train` wrote, which has config.toml and metrics.jsonl"
-        raise InputError(Problem("is not a run folder", str(path), remedy))
+        raise InputError(Problem("is not a run folder", str(path), remedy, code="run-missing"))
     lines, damaged = _read_lines(path / "metrics.jsonl")
     steps, validations = _latest(lines, "loss"), _latest(lines, "validation_loss")
     settings, config, notes = _read_settings(path / "config.toml")
@@ -68,12 +79,26 @@ def read_run(path: Path) -> RunFolder:
     adapters = tuple(path / name for name in names if (path / name).is_file())
     noise = {line["step"]: line["expert"] for line in lines if line.get("expert") in NOISES}
     samples = tuple(_read_samples(path / "samples"))
-    return RunFolder(path, steps, validations, samples, settings, config, adapters, noise, tuple(notes))
+    events = tuple(_read_events(path / "events.jsonl"))
+    return RunFolder(path, steps, validations, samples, settings, config, adapters, noise, events, tuple(notes))
 
 
 def points(records: Iterable[Record], key: str, scale: float = 1.0) -> list[tuple[float, float]]:
     """(step, value / scale) of every record that has `key`."""
     return [(record["step"], record[key] / scale) for record in records if key in record]
+
+
+def _read_events(path: Path) -> Iterable[RunEvent]:
+    """Its lines, without those that were cut off by a kill or a full disk."""
+    for text in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            value = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(value, dict) and isinstance(value.get("what"), str):
+            step = value.get("step")
+            time, kind = (str(value.get(key, "")) for key in ("time", "kind"))
+            yield RunEvent(time, step if isinstance(step, int) else None, kind, value["what"])
 
 
 def _read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:

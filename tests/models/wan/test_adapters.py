@@ -120,7 +120,8 @@ def test_a_folder_of_several_lora_files_names_them(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         inspect(tmp_path)
     assert str(caught.value) == (
-        f"{tmp_path}: holds 2 LoRA files: {', '.join(names)}; inspect one of them: {tmp_path / names[0]}"
+        f"{tmp_path}: holds 2 LoRA files: {', '.join(names)};"
+        f" inspect one of them: {tmp_path / names[0]} [lora-several-files]"
     )
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ModelError, match="holds 3 models"):
@@ -128,10 +129,10 @@ def test_a_folder_of_several_lora_files_names_them(tmp_path: Path) -> None:
 
 
 def test_a_folder_whose_sub_folders_have_weights_names_three_of_them(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"no safetensors file in this folder; give the path of the weights$"):
+    with pytest.raises(ModelError, match=r"no safetensors file in this folder; give the path of the weights \["):
         inspect(tmp_path)
     for name in ("d", "c", "b", "a"):
         (tmp_path / name).mkdir()
         save_file({"weight": torch.zeros(1)}, tmp_path / name / "x.safetensors")
-    with pytest.raises(ModelError, match=r"this folder; give the path of one with some: a, b, c and 1 more$"):
+    with pytest.raises(ModelError, match=r"this folder; give the path of one with some: a, b, c and 1 more \["):
         inspect(tmp_path)

@@ -83,7 +83,8 @@ def _told_alphas(metadata: Mapping[str, str], ranks: Mapping[str, int], dora: bo
     try:
         return {*metadata_alphas(metadata, ranks, dora).values()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise ModelError(Problem(f"cannot read the LoRA's alpha: {error}", str(path))) from error
+        what = f"cannot read the LoRA's alpha: {error}"
+        raise ModelError(Problem(what, str(path), code="lora-alpha-unreadable")) from error
 
 
 def _is_pair(downs: Mapping[str, TensorHeader], ups: Mapping[str, TensorHeader], name: str) -> bool:

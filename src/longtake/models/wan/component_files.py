@@ -46,12 +46,13 @@ def locate_component(root: Path, kind: ComponentKind, variant: str = "") -> Comp
     if fitting:
         several = ", ".join(str(each.path.relative_to(root)) for each in fitting)
         remedy = "give a folder with links to the files that you mean in model.components"
-        raise ModelError(Problem(f"{len(fitting)} files are a {kind} of this model: {several}", str(root), remedy))
+        what = f"{len(fitting)} files are a {kind} of this model: {several}"
+        raise ModelError(Problem(what, str(root), remedy, code="component-ambiguous"))
     reasons = [f"{each.path.name} is of {_users(each)}" for each in found]
     reasons += [f"{Path(each.where).name}: {each.what}" for each in unreadable[:2]]
     besides = f" ({'; '.join(reasons)})" if reasons else ""
     what = f"there is no {kind} (config.json) and no file of one{besides}"
-    raise ModelError(Problem(what, str(root), _REMEDY))
+    raise ModelError(Problem(what, str(root), _REMEDY, code="component-missing"))
 
 
 def holds_components(root: Path) -> bool:

@@ -65,13 +65,15 @@ def stored_type(tensors: Mapping[str, TensorHeader], where: Path) -> torch.dtype
             counts[tensor.dtype] = counts.get(tensor.dtype, 0) + prod(tensor.shape)
     main = max(counts, key=lambda dtype: counts[dtype])
     if main not in TORCH_TYPES:
-        raise ModelError(Problem(f"its weights are of type {main}, which Longtake does not read", str(where)))
+        what = f"its weights are of type {main}, which Longtake does not read"
+        raise ModelError(Problem(what, str(where), code="weights-type-unsupported"))
     return TORCH_TYPES[main]
 
 
 def unreadable(where: Path, error: Exception) -> ModelError:
     """The error for a component that a library cannot make."""
-    return ModelError(Problem(f"cannot be loaded: {error}", str(where), "download the component again"))
+    what = f"cannot be loaded: {error}"
+    return ModelError(Problem(what, str(where), "download the component again", code="component-unloadable"))
 
 
 def _shape(found: tuple[int, ...], parts: int, expected: tuple[int, ...]) -> tuple[int, ...]:

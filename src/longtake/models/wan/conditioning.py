@@ -155,4 +155,5 @@ def _check_conditioning(spec: ModelSpec, conditioning: Conditioning) -> None:
 
 def _mismatch(spec: ModelSpec, what: str, needed: bool) -> Problem:
     sentence = f"{spec.name} needs {what} and got none" if needed else f"{spec.name} has no use for {what}"
-    return Problem(sentence, "conditioning", "run `longtake prepare` for this model")
+    remedy = "run `longtake prepare` for this model"
+    return Problem(sentence, "conditioning", remedy, code="conditioning-missing" if needed else "conditioning-unused")

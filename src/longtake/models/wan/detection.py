@@ -1,6 +1,5 @@
 """What a checkpoint is, told by names and shapes of its tensors, never by a hash or a file name. Needs no torch."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -13,6 +12,7 @@ from longtake.models.wan import signature
 from longtake.models.wan.adapters import ALPHA, Adapter, AdapterFormat, is_adapter, read_adapter
 from longtake.models.wan.component_kinds import TOKENIZER, FoundComponent, find_component
 from longtake.models.wan.headers import TensorHeader, listed, read_header, read_headers, tensor_files
+from longtake.models.wan.pipeline_index import read_pipeline_index
 from longtake.models.wan.scales import is_scale, with_scales
 from longtake.models.wan.variants import VARIANTS, WanVariant, variant
 
@@ -89,8 +89,9 @@ def detect_given(model: ModelConfig) -> Checkpoint:
     """What lies at `model.path`, and at `model.low_noise_path` if it is given; raises ModelError as `detect` does."""
     paths = {"path": model.path, "low_noise_path": model.low_noise_path}
     found = {key: Path(text).expanduser() for key, text in paths.items() if text}
-    if lacking := [Problem(f"there is no {path}", f"model.{key}") for key, path in found.items() if not path.exists()]:
-        raise ModelError(lacking)
+    lacking = {key: f"there is no {path}" for key, path in found.items() if not path.exists()}
+    if lacking:
+        raise ModelError([Problem(what, f"model.{key}", code="model-path-missing") for key, what in lacking.items()])
     return detect_experts(*found.values()) if len(found) == 2 else detect(found["path"])
 
 
@@ -117,17 +118,20 @@ def identify(path: Path, wanted_variant: str = "") -> WanVariant:
 def decide(found: Checkpoint, path: Path, wanted_variant: str = "") -> WanVariant:
     """`identify` for what has been detected at `path` before."""
     if found.kind != "transformer":
-        raise ModelError(Problem(f"this is a {found.kind}, not a transformer", str(path), "give the base model's path"))
+        what = f"this is a {found.kind}, not a transformer"
+        raise ModelError(Problem(what, str(path), "give the base model's path", code="model-not-a-transformer"))
     candidates = " or ".join(found.candidates)
     if not wanted_variant:
         if found.variant is not None:
             return found.variant
         remedy = f'set model.name to the right one, for example "{found.candidates[0]}"'
-        raise ModelError(Problem(f"this is {candidates}: their weights have the same shapes", str(path), remedy))
+        what = f"this is {candidates}: their weights have the same shapes"
+        raise ModelError(Problem(what, str(path), remedy, code="model-ambiguous"))
     by_hub_id = {known.hub_id: known.name for known in VARIANTS.values() if known.hub_id}
     name = by_hub_id.get(wanted_variant.removeprefix("ms://")) or variant(wanted_variant).name
     if name not in found.candidates:
-        raise ModelError(Problem(f"this is {candidates}, not {name}", str(path), "correct model.name or model.path"))
+        what = f"this is {candidates}, not {name}"
+        raise ModelError(Problem(what, str(path), "correct model.name or model.path", code="model-name-differs"))
     return found.variant or variant(name)
 
 
@@ -183,7 +187,8 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
         if len(files) < 2 or not all(map(_is_adapter_file, files)):
             raise
         what = f"holds {len(files)} LoRA files: {listed([file.name for file in files])}"
-        raise ModelError(Problem(what, str(path), f"inspect one of them: {files[0]}")) from error
+        remedy = f"inspect one of them: {files[0]}"
+        raise ModelError(Problem(what, str(path), remedy, code="lora-several-files")) from error
 
 
 def _is_adapter_file(path: Path) -> bool:
@@ -204,29 +209,14 @@ def tensors_of(checkpoint: Checkpoint) -> dict[str, TensorHeader]:
 
 
 def _detect_pipeline(root: Path) -> Checkpoint:
-    index_path = root / "model_index.json"
-    try:
-        index = json.loads(index_path.read_text(encoding="utf-8"))
-        classes = {name: index[name][1] for name in EXPERT_FOLDERS if (index.get(name) or [None])[0]}
-    except OSError as error:
-        raise ModelError(Problem(f"cannot be read: {error.strerror or error}", str(index_path))) from error
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise ModelError(Problem("this is not the index of a diffusers pipeline", str(index_path))) from error
-    for component, name in classes.items():
-        if name != "WanTransformer3DModel":
-            what = f"{component} is a {name}, a model that Longtake does not train"
-            raise ModelError(Problem(what, str(index_path), signature.trained()))
-    if "transformer" not in classes:
-        raise ModelError(Problem("the pipeline has no transformer", str(index_path), signature.trained()))
-    two, boundary = "transformer_2" in classes, index.get("boundary_ratio")
-    if two and not (isinstance(boundary, int | float) and 0 < boundary < 1):
-        raise ModelError(Problem("transformer_2 without a boundary_ratio between 0 and 1", str(index_path)))
+    index = read_pipeline_index(root)
     # Only one of two experts may have been downloaded.
-    present = {name: root / name for name in classes if (root / name).is_dir()}
-    found = _narrowed(root, present or {"transformer": root / "transformer"}, two, bool(index.get("expand_timesteps")))
-    if found.variant is None or not two:
+    present = {name: root / name for name in index.transformers if (root / name).is_dir()}
+    experts, two = present or {"transformer": root / "transformer"}, index.boundary_ratio is not None
+    found = _narrowed(root, experts, two, index.expand_timesteps)
+    if found.variant is None or index.boundary_ratio is None:
         return found
-    spec = replace(found.variant.spec, boundary_ratio=float(boundary))
+    spec = replace(found.variant.spec, boundary_ratio=index.boundary_ratio)
     return replace(found, variant=replace(found.variant, spec=spec))
 
 
@@ -240,7 +230,8 @@ def _narrowed(root: Path, experts: dict[str, Path], two: bool, expand_timesteps:
         names = [name for name in names if specs[name].expand_timesteps == expand_timesteps]
     if not names or any(part.kind != "transformer" for part in parts):
         held = ", ".join(f"{name}: {' or '.join(part.candidates)}" for name, part in zip(experts, parts, strict=True))
-        raise ModelError(Problem(f"the parts do not make one model ({held})", str(root), signature.trained()))
+        what = f"the parts do not make one model ({held})"
+        raise ModelError(Problem(what, str(root), signature.trained(), code="model-parts-differ"))
     files = tuple(file for part in parts for file in part.files)
     only = VARIANTS[names[0]] if len(names) == 1 else None
     return replace(parts[0], variant=only, candidates=tuple(names), files=files, experts=experts)
@@ -248,7 +239,7 @@ def _narrowed(root: Path, experts: dict[str, Path], two: bool, expand_timesteps:
 
 def _detect_tensors(path: Path, files: tuple[Path, ...], tensors: dict[str, TensorHeader]) -> Checkpoint:
     if not tensors:
-        raise ModelError(Problem("holds no tensors", str(path), "download it again"))
+        raise ModelError(Problem("holds no tensors", str(path), "download it again", code="weights-empty"))
     if is_adapter(tensors):
         adapter = read_adapter(tensors)
         trained = {name: tensor for name, tensor in tensors.items() if not name.endswith(ALPHA)}
@@ -274,7 +265,8 @@ def _component(
     """ComfyUI's files have transformers' names too; they are told by what only they have."""
     if not found.users:
         what, told = _OTHER_COMPONENTS[found.kind]
-        raise ModelError(Problem(f"this is {what} ({told}), none of a Wan model", str(path), signature.trained()))
+        what = f"this is {what} ({told}), none of a Wan model"
+        raise ModelError(Problem(what, str(path), signature.trained(), code="component-of-another-model"))
     layout: Layout = "diffusers" if found.names == "diffusers" else "original"
     if TOKENIZER in tensors or any(map(is_scale, tensors)):
         layout = "comfyui"

@@ -172,14 +172,15 @@ def _load(kind: Any, folder: Path, device: torch.device | str, **options: Any) -
     # a tensor that the file lacks would be drawn at random, with a log line only
     if missing := sorted(loading["missing_keys"]):
         lacking = f"{len(missing)} tensors are missing, the first is {missing[0]}"
-        raise ModelError(Problem(lacking, str(folder), "download the component again"))
+        raise ModelError(Problem(lacking, str(folder), "download the component again", code="weights-missing"))
     return model.eval().requires_grad_(False).to(device)
 
 
 def _processor(folder: Path) -> CLIPImageProcessorPil:
     if not (folder / "preprocessor_config.json").is_file():
         remedy = "give a diffusers folder, or one that has it in model.components"
-        raise ModelError(Problem(f"there is no {folder.name} (preprocessor_config.json)", str(folder.parent), remedy))
+        what = f"there is no {folder.name} (preprocessor_config.json)"
+        raise ModelError(Problem(what, str(folder.parent), remedy, code="image-processor-missing"))
     try:
         return CLIPImageProcessorPil.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, TypeError) as error:

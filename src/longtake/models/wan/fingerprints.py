@@ -41,7 +41,8 @@ def fingerprint(folder: Path) -> str:
     """
     files = sorted(file for file in folder.glob("*") if file.suffix in (".json", ".model", ".txt", ".safetensors"))
     if not files:
-        raise ModelError(Problem("there is no component here", str(folder), "check the path of the model"))
+        what = "there is no component here"
+        raise ModelError(Problem(what, str(folder), "check the path of the model", code="component-missing"))
     digest = hashlib.sha256()
     for file in files:
         part = _safetensors_identity(file) if file.suffix == ".safetensors" else file.read_bytes()
@@ -92,7 +93,8 @@ def _safetensors_identity(file: Path) -> bytes:
         length = stream.read(8)
         header_size = int.from_bytes(length, "little")
         if header_size > size - 8:
-            raise ModelError(Problem("the file is damaged or cut off", str(file), "download it again"))
+            what = "the file is damaged or cut off"
+            raise ModelError(Problem(what, str(file), "download it again", code="weights-truncated"))
         start = stream.read(header_size + _MIB)
         stream.seek(max(size - _MIB, 0))
         return str(size).encode() + length + start + stream.read()

@@ -60,8 +60,10 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     Raises ModelError, one line, where the file is missing, of another kind, truncated, or inconsistent.
     """
     try:
+        if not path.exists():
+            raise _refused(path, "there is no such file", code="weights-file-missing")
         if not path.is_file():
-            raise _refused(path, "there is no such file" if not path.exists() else "this is not a regular file")
+            raise _refused(path, "this is not a regular file", code="weights-not-a-file")
         size = path.stat().st_size
         with path.open("rb") as file:
             first = file.read(_LENGTH_BYTES)
@@ -72,7 +74,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
             file.seek(_LENGTH_BYTES)
             entries = _parse(path, file.read(length))
     except OSError as error:
-        raise _refused(path, f"cannot be read: {error.strerror or error}") from error
+        raise _refused(path, f"cannot be read: {error.strerror or error}", code="model-file-unreadable") from error
     entries.pop("__metadata__", None)
     data_start = _LENGTH_BYTES + length
     tensors = {name: _tensor(path, name, entry, data_start) for name, entry in entries.items()}
@@ -101,7 +103,8 @@ def read_headers(files: Sequence[Path]) -> dict[str, TensorHeader]:
             continue
         if twice := tensors.keys() & header.keys():
             other = tensors[min(twice)].file.name
-            problems.append(Problem(f"{min(twice)} is in {other} too", str(file), "remove one of the two"))
+            what = f"{min(twice)} is in {other} too"
+            problems.append(Problem(what, str(file), "remove one of the two", code="weights-tensor-twice"))
         tensors |= header
     if problems:
         raise ModelError(problems)
@@ -139,10 +142,11 @@ def _files_of_folder(folder: Path) -> tuple[Path, ...]:
     if not models:
         inner = sorted({file.parent.name for file in folder.glob("*/*.safetensors")})
         remedy = f"give the path of one with some: {listed(inner, 3)}" if inner else "give the path of the weights"
-        raise _refused(folder, "there is no safetensors file in this folder", remedy)
+        raise _refused(folder, "there is no safetensors file in this folder", remedy, code="weights-missing-in-folder")
     usual = [models[name] for name in _USUAL if name in models]
     if len(models) > 1 and not usual:
-        raise _refused(folder, f"holds {len(models)} models: {', '.join(models)}", "give the path of one file")
+        what = f"holds {len(models)} models: {', '.join(models)}"
+        raise _refused(folder, what, "give the path of one file", code="weights-of-several-models")
     return tensor_files(usual[0] if usual else next(iter(models.values())))
 
 
@@ -151,11 +155,12 @@ def _files_of_index(index: Path) -> tuple[Path, ...]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
     except OSError as error:
-        raise _refused(index, f"cannot be read: {error.strerror or error}") from error
+        raise _refused(index, f"cannot be read: {error.strerror or error}", code="model-file-unreadable") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _refused(index, "this is not an index of safetensors shards (no weight_map of file names)") from error
+        what = "this is not an index of safetensors shards (no weight_map of file names)"
+        raise _refused(index, what, code="weights-index-damaged") from error
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-        raise _refused(index, "its weight_map does not name files of its own folder")
+        raise _refused(index, "its weight_map does not name files of its own folder", code="weights-index-damaged")
     return _present([index.parent / name for name in names])
 
 
@@ -167,7 +172,8 @@ def _files_of_shard(path: Path, match: re.Match[str]) -> tuple[Path, ...]:
 def _present(files: list[Path]) -> tuple[Path, ...]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise _refused(files[0].parent, f"shards are missing: {listed(missing)}", "download them again")
+        what = f"shards are missing: {listed(missing)}"
+        raise _refused(files[0].parent, what, "download them again", code="weights-shards-missing")
     return tuple(files)
 
 
@@ -179,19 +185,25 @@ def _of_pickle(path: Path) -> dict[str, TensorHeader]:
 
 def _check_length(path: Path, first: bytes, length: int, size: int) -> None:
     if size == 0:
-        raise _refused(path, "the file has zero bytes", "download it again")
+        raise _refused(path, "the file has zero bytes", "download it again", code="weights-file-empty")
     if first.startswith(b"version https://git-lfs"):
-        raise _refused(path, "this is a Git LFS pointer, not the weights", "run git lfs pull")
+        what = "this is a Git LFS pointer, not the weights"
+        raise _refused(path, what, "run git lfs pull", code="weights-lfs-pointer")
     # a header of 1152 bytes begins with 80 04, too, but after the length comes its brace
     if first[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and first[8:9] != b"{":
-        raise _refused(path, "this is a bare pickle, which is not read", "use the safetensors file of the same model")
+        what = "this is a bare pickle, which is not read"
+        raise _refused(path, what, "use the safetensors file of the same model", code="weights-bare-pickle")
     if first.startswith(b"GGUF"):
-        raise _refused(path, "this is a GGUF file, which is not read", "use a safetensors file of the same model")
+        what = "this is a GGUF file, which is not read"
+        raise _refused(path, what, "use a safetensors file of the same model", code="weights-gguf")
     if size < _LENGTH_BYTES or length > _HEADER_LIMIT or first[8:9] not in (b"{", b""):
-        raise _refused(path, "this is not a safetensors file")
+        raise _refused(path, "this is not a safetensors file", code="weights-not-safetensors")
     if _LENGTH_BYTES + length > size:
         raise _refused(
-            path, f"truncated within the header: {size} bytes of {_LENGTH_BYTES + length}", "download it again"
+            path,
+            f"truncated within the header: {size} bytes of {_LENGTH_BYTES + length}",
+            "download it again",
+            code="weights-truncated",
         )
 
 
@@ -199,9 +211,11 @@ def _parse(path: Path, header: bytes) -> dict[str, Any]:
     try:
         entries = json.loads(header)
     except (ValueError, RecursionError) as error:
-        raise _refused(path, "the safetensors header is damaged: it is not JSON", "download it again") from error
+        what = "the safetensors header is damaged: it is not JSON"
+        raise _refused(path, what, "download it again", code="weights-header-damaged") from error
     if not isinstance(entries, dict):
-        raise _refused(path, "the safetensors header is damaged: it is not a JSON object", "download it again")
+        what = "the safetensors header is damaged: it is not a JSON object"
+        raise _refused(path, what, "download it again", code="weights-header-damaged")
     return entries
 
 
@@ -210,11 +224,14 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorHeader:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         sound = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
     except (TypeError, KeyError, ValueError) as error:
-        raise _refused(path, f"the safetensors header is damaged at {name}", "download it again") from error
+        what = f"the safetensors header is damaged at {name}"
+        raise _refused(path, what, "download it again", code="weights-header-damaged") from error
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise _refused(path, f"{name} is of type {dtype!r}, which Longtake does not know")
+        what = f"{name} is of type {dtype!r}, which Longtake does not know"
+        raise _refused(path, what, code="weights-type-unsupported")
     if not sound or end - begin != prod(shape) * ITEM_BYTES[dtype]:
-        raise _refused(path, f"the size of {name} does not agree with its shape {list(shape)}", "download it again")
+        what = f"the size of {name} does not agree with its shape {list(shape)}"
+        raise _refused(path, what, "download it again", code="weights-header-damaged")
     return TensorHeader(dtype, shape, path, data_start + begin, end - begin)
 
 
@@ -222,13 +239,15 @@ def _check_layout(path: Path, tensors: dict[str, TensorHeader], data_start: int,
     position = data_start
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if tensor.start != position:
-            raise _refused(path, f"{name} does not start where the tensor before it ends", "download it again")
+            what = f"{name} does not start where the tensor before it ends"
+            raise _refused(path, what, "download it again", code="weights-header-damaged")
         position += tensor.nbytes
     if position > size:
-        raise _refused(path, f"truncated: {size} bytes of {position}", "download it again")
+        raise _refused(path, f"truncated: {size} bytes of {position}", "download it again", code="weights-truncated")
     if position < size:
-        raise _refused(path, f"{size - position} bytes follow the last tensor", "download it again")
+        what = f"{size - position} bytes follow the last tensor"
+        raise _refused(path, what, "download it again", code="weights-with-trailing-bytes")
 
 
-def _refused(path: Path, what: str, remedy: str = "") -> ModelError:
-    return ModelError(Problem(what, str(path), remedy))
+def _refused(path: Path, what: str, remedy: str = "", *, code: str) -> ModelError:
+    return ModelError(Problem(what, str(path), remedy, code=code))

@@ -73,4 +73,4 @@ def _rename(name: str, top: Mapping[str, str], block: Mapping[str, str], layout:
         module = ".".join(parts[:length])
         if module in table:
             return prefix + ".".join([table[module], *parts[length:]])
-    raise ModelError(Problem(f"the Wan transformer has no {name!r} in the {layout} layout"))
+    raise ModelError(Problem(f"the Wan transformer has no {name!r} in the {layout} layout", code="weights-unexpected"))

@@ -40,14 +40,15 @@ def read_pickle(path: Path) -> dict[str, TensorHeader]:
     except ModelError:
         raise
     except Exception as error:
-        raise _refused(path, _reason(error)) from error
+        raise _unread(path, error) from error
     named_tensors = {name: value for name, value in state.items() if _is_tensor(value)} if _is_state(state) else {}
     if not named_tensors:
-        raise _refused(path, "this pickle holds no tensors by name: it is no state dict")
+        what = "this pickle holds no tensors by name: it is no state dict"
+        raise _refused(path, what, code="weights-pickle-nameless")
     tensors = {name: _header(path, value) for name, value in named_tensors.items()}
     for name, tensor in tensors.items():
         if tensor.start + tensor.nbytes > size:
-            raise _refused(path, f"{name} reaches beyond the end of the file")
+            raise _refused(path, f"{name} reaches beyond the end of the file", code="weights-truncated")
     return tensors
 
 
@@ -61,11 +62,13 @@ def _unpickled(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
-def _reason(error: Exception) -> str:
+def _unread(path: Path, error: Exception) -> ModelError:
     if named := _NAMED.search(str(error)):
-        return f"this pickle asks for more than tensors ({named[1]}), which is not run"
+        what = f"this pickle asks for more than tensors ({named[1]}), which is not run"
+        return _refused(path, what, code="weights-pickle-unsafe")
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"this pickle is damaged, too old, or holds more than tensors ({line[:150]})"
+    what = f"this pickle is damaged, too old, or holds more than tensors ({line[:150]})"
+    return _refused(path, what, code="weights-pickle-damaged")
 
 
 def _check_records(path: Path, size: int) -> None:
@@ -73,12 +76,12 @@ def _check_records(path: Path, size: int) -> None:
         records = archive.infolist()
         # neither a bomb, nor bytes that are not the tensors' own
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-            raise _refused(path, "the records of this pickle are compressed")
+            raise _refused(path, "the records of this pickle are compressed", code="weights-pickle-compressed")
         if sum(record.file_size for record in records) > size:
-            raise _refused(path, "the records of this pickle are larger than the file")
+            raise _refused(path, "the records of this pickle are larger than the file", code="weights-pickle-damaged")
         for record in records:
             if record.filename.endswith("/byteorder") and archive.read(record) != b"little":
-                raise _refused(path, "the values of this pickle are big-endian")
+                raise _refused(path, "the values of this pickle are big-endian", code="weights-pickle-big-endian")
 
 
 def _is_state(state: Any) -> bool:
@@ -99,5 +102,5 @@ def _header(path: Path, tensor: Any) -> TensorHeader:
     return TensorHeader(dtype, tuple(tensor.shape), path, start, tensor.numel() * tensor.element_size())
 
 
-def _refused(path: Path, what: str) -> ModelError:
-    return ModelError(Problem(what, str(path), "use the safetensors file of the same model"))
+def _refused(path: Path, what: str, code: str) -> ModelError:
+    return ModelError(Problem(what, str(path), "use the safetensors file of the same model", code=code))

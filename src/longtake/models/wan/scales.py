@@ -33,15 +33,17 @@ def with_scales(tensors: Mapping[str, TensorHeader], where: Path) -> dict[str, T
         if name.endswith(_OF_WEIGHTS):
             weight = name[: name.rindex(".")] + ".weight"
             if weight not in scaled:
-                raise _refused(f"there is a {name} and no {weight}", where)
+                raise _refused(f"there is a {name} and no {weight}", where, code="weights-scale-alone")
             if scale.dtype not in _FLOATS or not _fits(scale.shape, scaled[weight].shape):
                 what = f"{name} is {scale.dtype} {list(scale.shape)} for a {list(scaled[weight].shape)} weight"
-                raise _refused(f"{what}, a quantisation that Longtake does not read", where)
+                what = f"{what}, a quantisation that Longtake does not read"
+                raise _refused(what, where, code="weights-quantisation-unsupported")
             scaled[weight] = replace(scaled[weight], scale=scale)
     if any(tensor.scale for tensor in scaled.values()) or _MARKER in tensors:
         lacking = [name for name, tensor in scaled.items() if _is_fp8_matrix(name, tensor) and tensor.scale is None]
         if lacking:
-            raise _refused(f"{len(lacking)} of its fp8 weights have no scale: {listed(lacking)}", where)
+            what = f"{len(lacking)} of its fp8 weights have no scale: {listed(lacking)}"
+            raise _refused(what, where, code="weights-scale-missing")
     return scaled
 
 
@@ -57,5 +59,5 @@ def _is_fp8_matrix(name: str, tensor: TensorHeader) -> bool:
     return tensor.dtype.startswith("F8") and len(tensor.shape) == 2 and name.endswith(".weight")
 
 
-def _refused(what: str, where: Path) -> ModelError:
-    return ModelError(Problem(what, str(where), _REMEDY))
+def _refused(what: str, where: Path, code: str) -> ModelError:
+    return ModelError(Problem(what, str(where), _REMEDY, code=code))

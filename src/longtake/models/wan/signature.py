@@ -58,7 +58,7 @@ def diffusers_names(tensors: Mapping[str, TensorHeader], original: bool, where: 
             unknown.append(name)
     if unknown:
         what = f"{len(unknown)} tensors are not a Wan transformer's: {listed(unknown)}"
-        raise ModelError(Problem(what, str(where), trained()))
+        raise ModelError(Problem(what, str(where), trained(), code="weights-unexpected"))
     return renamed
 
 
@@ -67,9 +67,11 @@ def refuse_others(tensors: Mapping[str, TensorHeader], where: Path) -> None:
     for name in tensors:
         for part, model in _OTHERS.items():
             if part in name:
-                raise ModelError(Problem(f"this is {model} (it has {name})", str(where), trained()))
+                what = f"this is {model} (it has {name})"
+                raise ModelError(Problem(what, str(where), trained(), code="model-not-trainable"))
     if "patch_embedding.weight" not in tensors:
-        raise ModelError(Problem("this is not a Wan model: it has no patch_embedding.weight", str(where), trained()))
+        what = "this is not a Wan model: it has no patch_embedding.weight"
+        raise ModelError(Problem(what, str(where), trained(), code="model-not-wan"))
 
 
 def candidates(shapes: Mapping[str, Shape], where: Path) -> tuple[str, ...]:
@@ -84,7 +86,8 @@ def candidates(shapes: Mapping[str, Shape], where: Path) -> tuple[str, ...]:
         held = ", ".join(f"{name} {value}" for name, value in found.items() if value is not None)
         control = _OF_CONTROL.get(found["in_channels"] or 0) if found["out_channels"] == 16 else None
         what = f"this is {control} (it has {held})" if control else f"no Wan model has {held}"
-        raise ModelError(Problem(what, str(where), trained()))
+        code = "model-not-trainable" if control else "model-shapes-unknown"
+        raise ModelError(Problem(what, str(where), trained(), code=code))
     if problems := differences(shapes, VARIANTS[names[0]].parameter_shapes(), where):
         raise ModelError(problems)
     return names
@@ -102,16 +105,20 @@ def differences(found: Mapping[str, Shape], expected: Mapping[str, Shape], where
     if missing and unexpected:
         renamed = f"{len(missing)} parameters are missing: {listed(missing)}"
         renamed += f", and {len(unexpected)} tensors are not this transformer's: {listed(unexpected)}"
-        problems = [Problem(renamed, str(where), trained())]
+        problems = [Problem(renamed, str(where), trained(), code="weights-names-differ")]
         return problems + differences(
             {name: found[name] for name in both}, {name: expected[name] for name in both}, where
         )
     kinds = (
-        ("parameters are missing", missing, "download it again"),
-        ("tensors are not this transformer's", unexpected, trained()),
-        ("parameters have another shape", reshaped, "download it again"),
+        ("parameters are missing", missing, "download it again", "weights-missing"),
+        ("tensors are not this transformer's", unexpected, trained(), "weights-unexpected"),
+        ("parameters have another shape", reshaped, "download it again", "weights-shape-differs"),
     )
-    return [Problem(f"{len(names)} {what}: {listed(names)}", str(where), do) for what, names, do in kinds if names]
+    return [
+        Problem(f"{len(names)} {what}: {listed(names)}", str(where), remedy, code=code)
+        for what, names, remedy, code in kinds
+        if names
+    ]
 
 
 def trained() -> str:

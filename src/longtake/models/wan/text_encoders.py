@@ -161,7 +161,8 @@ def _text_types(
     stored: torch.dtype | None = config.dtype or next(iter(found.values()), None)
     if stored is None or not {stored, *found.values()} <= set(_COMPUTED):
         what = f"its type ({', '.join(found)}; config.json: {config.dtype}) is none that Longtake computes in"
-        raise ModelError(Problem(what, str(folder), "give a text encoder in fp32, bf16 or fp16"))
+        remedy = "give a text encoder in fp32, bf16 or fp16"
+        raise ModelError(Problem(what, str(folder), remedy, code="encoder-type-unsupported"))
     return stored, computing_type(stored, config.d_model)
 
 

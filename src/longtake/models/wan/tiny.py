@@ -150,7 +150,8 @@ def _tiny(name: str) -> WanVariant:
     chosen = variant(name)
     if chosen.hub_id:
         names = ", ".join(other for other, row in variants.VARIANTS.items() if not row.hub_id)
-        raise ModelError(Problem(f"{name!r} does not come with the package", "model.name", f"choose one of {names}"))
+        what = f"{name!r} does not come with the package"
+        raise ModelError(Problem(what, "model.name", f"choose one of {names}", code="model-not-bundled"))
     return chosen
 
 

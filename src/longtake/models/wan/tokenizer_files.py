@@ -41,7 +41,7 @@ def find_tokenizer(root: Path, text_encoder: Component) -> Path | TensorHeader:
             return folder
     what = f"there is no tokenizer (google/umt5-xxl, tokenizer, tokenizer.json or spiece.model) for {text_encoder.path}"
     remedy = "put the folder google/umt5-xxl of the original release there, or use ComfyUI's file, which has it within"
-    raise ModelError(Problem(what, str(root), remedy))
+    raise ModelError(Problem(what, str(root), remedy, code="tokenizer-missing"))
 
 
 def load_tokenizer(place: Path | TensorHeader) -> Any:
@@ -57,7 +57,7 @@ def load_tokenizer(place: Path | TensorHeader) -> Any:
         return _of_sentencepiece((place / "spiece.model").read_bytes())
     except Exception as error:
         what = f"the tokenizer cannot be loaded: {error}"
-        raise ModelError(Problem(what, str(where), "download the component again")) from error
+        raise ModelError(Problem(what, str(where), "download the component again", code="tokenizer-damaged")) from error
 
 
 def read_bytes(header: TensorHeader) -> bytes:
@@ -74,5 +74,6 @@ def _of_sentencepiece(model: bytes) -> PreTrainedTokenizerFast:
 def _with_config(folder: Path) -> Path:
     if not (folder / "tokenizer_config.json").is_file():
         remedy = "give a diffusers folder, or one that has it in model.components"
-        raise ModelError(Problem("there is no tokenizer (tokenizer_config.json)", str(folder.parent), remedy))
+        what = "there is no tokenizer (tokenizer_config.json)"
+        raise ModelError(Problem(what, str(folder.parent), remedy, code="tokenizer-missing"))
     return folder

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from longtake.config.likeness import nearest
 from longtake.errors import ModelError, Problem
 from longtake.models.spec import BlockStages, ModelSpec, Task, TokenAxis
 
@@ -93,11 +94,10 @@ def _variant(
         "token_axis": _token_axis,
         "keep_fp32": KEEP_FP32,
     }
-    size, num_frames, shift = made_for
     vae = "2.2" if full["out_channels"] == 48 else "2.1"
-    return WanVariant(
-        name, ModelSpec(**(spec | (spec_changes or {}))), full, *counts, hub_id, vae, size, num_frames, shift
-    )
+    size, num_frames, shift = made_for
+    found = ModelSpec(**(spec | (spec_changes or {})))
+    return WanVariant(name, found, full, *counts, hub_id, vae, size, num_frames, shift)
 
 
 def _stages() -> BlockStages:
@@ -235,12 +235,12 @@ VARIANTS = {variant.name: variant for variant in _ALL}
 
 
 def variant(name: str) -> WanVariant:
-    """The variant called `name`; raises ModelError that lists the names."""
-    try:
+    """The variant called `name`; raises ModelError with the nearest names, or with all where none is like it."""
+    if name in VARIANTS:
         return VARIANTS[name]
-    except KeyError:
-        remedy = f"choose one of {', '.join(VARIANTS)}"
-        raise ModelError(Problem(f"there is no model called {name!r}", "model.name", remedy)) from None
+    near = nearest(name.rpartition("/")[2], VARIANTS)
+    remedy = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(VARIANTS)}"
+    raise ModelError(Problem(f"there is no model called {name!r}", "model.name", remedy, code="model-name-unknown"))
 
 
 def _parameter_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

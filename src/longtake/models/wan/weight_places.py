@@ -28,7 +28,8 @@ def located(tensors: Mapping[str, TensorHeader]) -> dict[str, WeightFile]:
     for name, header in tensors.items():
         if header.dtype not in TORCH_TYPES:
             what = f"{name} is of type {header.dtype}, in which Longtake reads no weights"
-            raise ModelError(Problem(what, str(header.file), "use the bf16, fp16 or fp8 file of the same model"))
+            remedy = "use the bf16, fp16 or fp8 file of the same model"
+            raise ModelError(Problem(what, str(header.file), remedy, code="weights-type-unsupported"))
     return {name: _place(header) for name, header in tensors.items()}
 
 

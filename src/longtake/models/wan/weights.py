@@ -142,7 +142,8 @@ def save_transformer(
     sizes: dict[str, Any] = {} if max_shard_bytes is None else {"max_shard_size": max_shard_bytes}
     save = partial(transformer.save_pretrained, **sizes)
     if folder_or_file.exists() and not (folder_or_file / "config.json").is_file():
-        raise ModelError(Problem("is there already and is no transformer", str(folder_or_file), "give another place"))
+        what = "is there already and is no transformer"
+        raise ModelError(Problem(what, str(folder_or_file), "give another place", code="model-place-taken"))
     replace_folder(folder_or_file, save)
 
 
@@ -157,7 +158,8 @@ def _named(model: ModelConfig, bundled: Callable[[str], Path], report: Callable[
     if known is None and "/" not in model.name:
         variant(model.name)
     if known is None and Path(model.name).expanduser().exists():
-        raise ModelError(Problem(f"{model.name} is a path", "model.name", "write it as model.path"))
+        what = f"{model.name} is a path"
+        raise ModelError(Problem(what, "model.name", "write it as model.path", code="model-name-is-a-path"))
     expert = model.expert if known and len(known.spec.experts) == 2 else "both"
     folder = fetch(VARIANTS[model.name].hub_id if model.name in VARIANTS else model.name, _patterns(expert), report)
     return folder, known.name if known else ""
@@ -174,10 +176,12 @@ def _components(value: str, bundled: Callable[[str], Path], report: Callable[[st
     elif value in VARIANTS or "/" in value:
         root = fetch(VARIANTS[value].hub_id if value in VARIANTS else value, _component_patterns(), report)
     else:
-        raise ModelError(Problem(f"there is no folder or model {value}", "model.components"))
+        what = f"there is no folder or model {value}"
+        raise ModelError(Problem(what, "model.components", code="component-place-missing"))
     if not holds_components(root):
         remedy = "give a diffusers folder, an original release, ComfyUI's folder models, or a hub id"
-        raise ModelError(Problem(f"{root} has no folder vae and no file of a VAE", "model.components", remedy))
+        what = f"{root} has no folder vae and no file of a VAE"
+        raise ModelError(Problem(what, "model.components", remedy, code="component-missing"))
     return root
 
 
@@ -201,13 +205,14 @@ def _expert(expert: str, chosen: WanVariant, path: Path) -> str:
     if expert == "both":
         what = f"this is one of the two transformers of {chosen.name}, the file does not tell which"
         remedy = 'set model.expert to "high" or "low", or give the other as model.low_noise_path'
-        raise ModelError(Problem(what, str(path), remedy))
+        raise ModelError(Problem(what, str(path), remedy, code="model-expert-ambiguous"))
     return experts[0 if expert == "high" else 1]
 
 
 def _check_kind(found: Checkpoint, path: Path) -> None:
     if found.kind != "transformer":
-        raise ModelError(Problem(f"this is a {found.kind}, not a transformer", str(path)))
+        what = f"this is a {found.kind}, not a transformer"
+        raise ModelError(Problem(what, str(path), code="model-not-a-transformer"))
 
 
 def _config(found: Checkpoint, path: Path, chosen: WanVariant) -> dict[str, Any]:
@@ -220,17 +225,19 @@ def _config(found: Checkpoint, path: Path, chosen: WanVariant) -> dict[str, Any]
         own = {key: given[key] for key in chosen.transformer_config if key in given}
         config = chosen.transformer_config | own | {"patch_size": tuple(own.get("patch_size", (1, 2, 2)))}
     except (OSError, ValueError, TypeError) as error:
-        raise ModelError(Problem("cannot be read as a transformer's config", str(file), "download it again")) from error
+        what = "cannot be read as a transformer's config"
+        raise ModelError(Problem(what, str(file), "download it again", code="model-config-damaged")) from error
     other = [f"{key} = {config[key]}" for key in own if config[key] != chosen.transformer_config[key]]
     if wrong := [text for text in other if not text.startswith(_FREE_KEYS)]:
-        raise ModelError(Problem(f"{', '.join(wrong)} does not agree with {chosen.name}", str(file)))
+        what = f"{', '.join(wrong)} does not agree with {chosen.name}"
+        raise ModelError(Problem(what, str(file), code="model-config-differs"))
     return config
 
 
 def _detected(files: ModelFiles, component: str) -> Checkpoint:
     if component not in files.transformers:
         what = f"{files.variant.name} has no {component} here, only {', '.join(files.transformers)}"
-        raise ModelError(Problem(what, "model", "give the folder with both transformers"))
+        raise ModelError(Problem(what, "model", "give the folder with both transformers", code="model-expert-missing"))
     path = files.transformers[component]
     found = detect(path)
     _check_kind(found, path)
