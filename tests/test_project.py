@@ -1,4 +1,4 @@
-"""Rules of the whole repository: sizes, forbidden calls, shipped recipes, and a command line that answers at once."""
+"""Rules of the whole repository: sizes, shipped recipes, and a command line that answers at once."""
 
 import ast
 import importlib.util
@@ -7,7 +7,6 @@ import statistics
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,48 +39,6 @@ class Held:
 def add(rows: Float[Tensor, "batch dim"], row: Float[Tensor, "dim"]) -> Float[Tensor, "batch dim"]:
     return rows + row
 """
-PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal"}
-
-
-def forbidden(source: str) -> Iterator[str]:
-    """What in a module's source can run code from data, by name and line; torch.load as `torch.load`."""
-    for node in ast.walk(ast.parse(source)):
-        line = getattr(node, "lineno", 0)
-        for name in _forbidden_in(node):
-            yield f"{name} at line {line}"
-
-
-def _forbidden_in(node: ast.AST) -> Iterator[str]:
-    if isinstance(node, ast.Import):
-        yield from (alias.name for alias in node.names if alias.name.split(".")[0] in PICKLES)
-    elif isinstance(node, ast.ImportFrom):
-        module = node.module or ""
-        if module.split(".")[0] in PICKLES:
-            yield module
-        yield from (f"{module}.load" for alias in node.names if module in ("torch", "yaml") and alias.name == "load")
-    elif isinstance(node, ast.Attribute):
-        dotted = ast.unparse(node)
-        if dotted in (
-            "torch.load",
-            "yaml.load",
-            "yaml.unsafe_load",
-            "os.system",
-            "os.popen",
-            "builtins.eval",
-            "builtins.exec",
-        ):
-            yield dotted
-    elif isinstance(node, ast.Call):
-        yield from _forbidden_call(node)
-
-
-def _forbidden_call(call: ast.Call) -> Iterator[str]:
-    if isinstance(call.func, ast.Name) and call.func.id in ("eval", "exec", "__import__"):
-        yield call.func.id
-    for keyword in call.keywords:
-        allowed = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
-        if keyword.arg in ("shell", "trust_remote_code", "allow_pickle") and not allowed:
-            yield str(keyword.arg)
 
 
 @pytest.mark.parametrize("path", [*SOURCES, *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT)))
@@ -91,50 +48,6 @@ def test_files_and_functions_stay_short(path: Path) -> None:
     functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     lengths = {node.name: (node.end_lineno or node.lineno) - node.lineno + 1 for node in functions}
     assert {name: length for name, length in lengths.items() if length > MOST_LINES_OF_A_FUNCTION} == {}
-
-
-@pytest.mark.parametrize(
-    ("source", "name"),
-    [
-        ("eval('1')", "eval"),
-        ("exec('1')", "exec"),
-        ("import pickle", "pickle"),
-        ("from pickle import loads", "pickle"),
-        ("import torch\ntorch.load('a', weights_only=True)", "torch.load"),
-        ("from torch import load", "torch.load"),
-        ("import yaml\nyaml.load('a')", "yaml.load"),
-        ("import os\nos.system('ls')", "os.system"),
-        ("import subprocess\nsubprocess.run('ls', shell=True)", "shell"),
-        ("import numpy\nnumpy.load('a', allow_pickle=True)", "allow_pickle"),
-        ("AutoModel.from_pretrained('a', trust_remote_code=flag)", "trust_remote_code"),
-    ],
-)
-def test_the_rule_sees_each_forbidden_call(source: str, name: str) -> None:
-    assert [found.split(" at ")[0] for found in forbidden(source)] == [name]
-
-
-def test_the_rule_lets_evaluation_mode_and_safe_settings_pass() -> None:
-    assert list(forbidden("model.eval()\nsubprocess.run(['ls'], shell=False)\njson.load(file)")) == []
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT / "src")))
-def test_no_source_can_run_code_from_data(path: Path) -> None:
-    found = list(forbidden(path.read_text(encoding="utf-8")))
-    assert [use for use in found if not use.startswith("torch.load ")] == []
-
-
-def test_torch_load_has_at_most_one_caller_and_reads_only_weights() -> None:
-    calls = [
-        (path.name, ast.unparse(node))
-        for path in SOURCES
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
-    ]
-    uses = [
-        use for path in SOURCES for use in forbidden(path.read_text(encoding="utf-8")) if use.startswith("torch.load ")
-    ]
-    assert len(uses) == len(calls) <= 1
-    assert all("weights_only=True" in call for _, call in calls)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 
 from longtake import files
 from longtake.data.claims import CLAIM, clock
@@ -86,12 +86,12 @@ class Cache:
         """The tensors of an entry; raises CacheError where it is missing or has changed since it was written."""
         path = self.path(kind, key)
         try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                expected = (file.metadata() or {}).get(CONTENT)
-        except (OSError, SafetensorError) as error:
+            # not mapped: a page that a disk does not give would stop all threads, and one that is gone end the process
+            content = path.read_bytes()
+            tensors, expected = load(content), _metadata(content).get(CONTENT)
+        except (OSError, SafetensorError, KeyError) as error:
             remedy = "delete it and run `longtake prepare` again"
-            what = f"the entry cannot be read ({error})"
+            what = f"the entry cannot be read ({error.strerror if isinstance(error, OSError) else error})"
             raise CacheError(Problem(what, str(path), remedy, code="cache-entry-unreadable")) from None
         if _content(tensors) != expected:
             remedy = "delete it and run `longtake prepare` again"
@@ -198,6 +198,12 @@ def _entry(row: dict[str, Any]) -> Entry:
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
     changed = [key for key in {**there, **here} if there.get(key) != here.get(key)]
     return ", ".join(f"{key} {there.get(key)!r} instead of {here.get(key)!r}" for key in changed)
+
+
+def _metadata(content: bytes) -> Mapping[str, str]:
+    """Of a safetensors file that is sound: the header, JSON behind its length in eight bytes, has it."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return header.get("__metadata__", {})
 
 
 def _content(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -16,7 +16,7 @@ from PIL import Image
 from longtake.data.foreign import refuse_foreign
 from longtake.data.regular_files import refusal
 from longtake.data.stills import check_single, damaged_image
-from longtake.data.whole import check_index, check_whole, is_container
+from longtake.data.whole import check_index, check_openable, check_whole, is_container
 from longtake.errors import DataError
 
 MAX_SIDE = 8192
@@ -174,6 +174,7 @@ def open_video(file: BufferedReader, name: str, decoded: Callable[[], None]) -> 
             raise
         if not is_container(file):
             refuse_foreign(file, name)
+        check_openable(file, name)
         what = f"{name} is a damaged video ({error.strerror})"
         remedy = "give an intact mp4, mov, mkv, webm or avi, or a PNG or JPEG"
         raise refusal(what, "", remedy, code="clip-damaged") from None

@@ -12,7 +12,7 @@ _COPY = "copy it again"
 _BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"sidx", b"moof", b"uuid", b"emsg")
 """With which an mp4 or mov begins; any other file has other letters there."""
 _NEEDED = (b"moov", b"moof")
-_STILL_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"hevx", b"mif1", b"msf1")
+_STILL_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 
 
@@ -23,7 +23,7 @@ def is_container(file: BufferedReader) -> bool:
 
 
 def check_whole(file: BufferedReader, name: str) -> None:
-    """Raises DataError where the container states more than the file has, or has no index; leaves it at its start."""
+    """Raises DataError where the container states more than the file has, or is a still's; leaves it at its start."""
     head = _at(file, 0, 12)
     if head[4:8] in _BOXES:
         if head[4:8] == b"ftyp" and head[8:12] in _STILL_BRANDS:
@@ -35,14 +35,22 @@ def check_whole(file: BufferedReader, name: str) -> None:
     file.seek(0)
 
 
+def check_openable(file: BufferedReader, name: str) -> None:
+    """Raises DataError where an mp4 that FFmpeg cannot open lacks its index."""
+    if _at(file, 4, 4) in _BOXES and not {kind for kind, _, _ in _boxes(file)} & set(_NEEDED):
+        what = f"{name} has no index of its pictures (moov)"
+        remedy = "copy it again; a recording that broke off may be mended with untrunc"
+        raise refusal(what, "", remedy, code="clip-without-index")
+
+
 def check_index(file: BufferedReader, stream: Any, name: str) -> None:
     """Raises DataError where the index of an open mp4 names data that the file does not have."""
     # FFmpeg relies on the place in `file` at which it left it: only what ends here may go elsewhere
-    ends = [entry.pos + entry.size for entry in stream.index_entries]
-    if stream.frames and not ends:
+    last = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+    if stream.frames and not last:
         what = f"{name} states {stream.frames} pictures and does not say where they are"
-    elif ends and max(ends) > _size(file):
-        if _last_box(file)[2] > _size(file):
+    elif last > _size(file):
+        if max((end for _, _, end in _boxes(file)), default=0) > _size(file):
             raise _cut_off(name)
         what = f"the index of {name} names places that the file does not have"
     else:
@@ -52,39 +60,29 @@ def check_index(file: BufferedReader, stream: Any, name: str) -> None:
 
 def _check_boxes(file: BufferedReader, name: str) -> None:
     seen: set[bytes] = set()
+    size = _size(file)
     for kind, _, end in _boxes(file):
         # pictures may be whole where the end of the sound is missing, which an index would tell
-        if end > _size(file) and (kind in _NEEDED or b"moof" in seen or b"moov" not in seen):
+        if end > size and (kind in _NEEDED or b"moof" in seen or b"moov" not in seen):
             raise _cut_off(name)
         seen.add(kind)
-    if not seen & set(_NEEDED):
-        what = f"{name} has no index of its pictures (moov)"
-        remedy = "copy it again; a recording that broke off may be mended with untrunc"
-        raise refusal(what, "", remedy, code="clip-without-index")
 
 
 def _boxes(file: BufferedReader) -> Iterator[tuple[bytes, int, int]]:
     """(kind, begin, end) of the boxes that are not in another one, until what follows is none."""
-    at = 0
-    while at < _size(file):
+    at, nbytes = 0, _size(file)
+    while at < nbytes:
         head = _at(file, at, 16)
         if len(head) < 8 or not all(32 <= byte < 127 or byte == 0xA9 for byte in head[4:8]):
             return
         (size,) = struct.unpack_from(">I", head)
         if size == 1 and len(head) == 16:
             (size,) = struct.unpack_from(">Q", head, 8)
-        end = at + size if size else _size(file)
+        end = at + size if size else nbytes
         if end < at + 8:
             return
         yield head[4:8], at, end
         at = end
-
-
-def _last_box(file: BufferedReader) -> tuple[bytes, int, int]:
-    last = (b"", 0, 0)
-    for last in _boxes(file):  # noqa: B007  # the last is what is wanted
-        pass
-    return last
 
 
 def _check_segment(file: BufferedReader, name: str) -> None:

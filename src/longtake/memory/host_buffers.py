@@ -4,7 +4,6 @@ A feature holds `Buffer`s and calls `copy`, `use` and `done`; it never sees an e
 """
 
 import contextlib
-import fcntl
 import os
 import shutil
 import uuid
@@ -193,7 +192,7 @@ class DiskTier:
         self.count += 1
         try:
             file = _OpenFile(path)
-            os.posix_fallocate(file.descriptor, 0, nbytes)
+            _take_space(file.descriptor, nbytes)
         except OSError as error:
             what = f"cannot offload {nbytes} bytes: {error.strerror or error}"
             raise RunError(
@@ -235,8 +234,18 @@ def disk_tier(scratch: Path, purpose: str) -> Iterator[DiskTier]:
             scratch.rmdir()
 
 
+def _take_space(descriptor: int, nbytes: int) -> None:
+    """So that a full disk is noticed at the start; macOS lacks the call, and notices when it writes."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, nbytes)
+    else:
+        os.ftruncate(descriptor, nbytes)
+
+
 def _locked(folder: Path) -> int | None:
     """A descriptor that holds `folder` until it is closed or its process ends; None where another holds it."""
+    import fcntl  # absent on Windows, where a plan needs the rest of this file
+
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
