@@ -48,10 +48,10 @@ demo: $(INSTALLED)
 	$(BIN)/longtake demo --out demo
 
 test: check
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=30 -m "not slow"
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not long"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not long"
 
 check: $(INSTALLED)
 	$(BIN)/ruff check

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,7 +24,9 @@ if os.environ.get("LONGTAKE_TYPECHECK", "1") == "1":
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` where there is no CUDA device."""
+    """Files with long tests first, so that no process waits for another's last file; no `gpu` tests without CUDA."""
+    long = Counter(item.path for item in items if item.get_closest_marker("long"))
+    items.sort(key=lambda item: -long[item.path])
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -139,7 +139,8 @@ def test_what_files_refer_to_is_not_fetched(
     source.write_text("video,prompt\n" + "".join(f"{name},x\n" for name in CONTENTS))
     status, text = said(source)
     assert status == 2
-    assert text.count("[clip-damaged]") + text.count("[clip-text]") >= len(CONTENTS)
+    assert [number for number in range(len(CONTENTS)) if f"clips.csv:row {number + 2}: " not in text] == []
+    assert text.count("[file-playlist]") >= 3
     assert listener.callers() == 0
     assert watch.opened() == []
 

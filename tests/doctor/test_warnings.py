@@ -65,7 +65,7 @@ def test_totals_count_clips_by_bucket_and_reasons_by_kind(config: RunConfig) -> 
     assert (totals.clips, totals.left_out, totals.uncounted, totals.stills) == (17, 2, 1, 1)
     assert totals.train + totals.validation == 17
     assert totals.seconds == pytest.approx(12 * 1.5 + 1.5 + 1.5 + 3 + 1.5, abs=0.1)
-    assert dict(totals.reasons) == {"has … frames at … fps": 1, "is not a video that can be read, or is damaged": 1}
+    assert dict(totals.reasons) == {"has … frames at … fps": 1, "is not a video, but text": 1}
     assert {bucket.stage for bucket in totals.buckets} == {5, 17}
     for stage in (5, 17):
         assert sum(bucket.clips + bucket.held_out for bucket in totals.buckets if bucket.stage == stage) == 17

@@ -21,6 +21,8 @@ from longtake import files
 from longtake.data.video import write_clip
 
 PACKAGE = "moviepy==2.2.1"
+SHA256 = "c80cb56815ece94e5e3e2d361aa40070eeb30a09d23a24c4e684d03e16deacb1"
+"""Of its source archive: pip checks it before it runs the build script in it, which it does to learn its name."""
 ARCHIVE = "moviepy_10_minutes.zip"
 FILM = "bbb.mp4"
 CREDIT = "Big Buck Bunny (c) 2008 Blender Foundation, www.bigbuckbunny.org, CC-BY 3.0"
@@ -77,21 +79,13 @@ def _disc(colour: tuple[int, int, int], direction: int) -> torch.Tensor:
 
 
 def _download(folder: Path, say: Callable[[str], None]) -> Path | None:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--no-binary",
-        "moviepy",
-        "-d",
-        str(folder),
-    ]
+    wanted = folder / "wanted.txt"
+    wanted.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n", encoding="utf-8")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--require-hashes", "--no-deps"]
+    command = [*pip, "--no-binary", "moviepy", "-d", str(folder), "-r", str(wanted)]
     try:
         finished = subprocess.run(
-            [*command, PACKAGE], capture_output=True, text=True, timeout=SECONDS, check=False, stdin=subprocess.DEVNULL
+            command, capture_output=True, text=True, timeout=SECONDS, check=False, stdin=subprocess.DEVNULL
         )
     except subprocess.TimeoutExpired:
         say(f"the package index did not answer within {SECONDS} s")
