@@ -28,6 +28,11 @@ def of(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I4s", len(content) + 8, kind) + content
 
 
+def endless(kind: bytes) -> bytes:
+    """The head of a box that is larger than any file."""
+    return struct.pack(">I4sQ", 1, kind, 2**64 - 1)
+
+
 def patch(path: Path, kind: bytes, offset: int, form: str, *values: object) -> Path:
     """Writes `values` at `offset` bytes into each box of that kind, its head included."""
 

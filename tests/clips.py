@@ -51,6 +51,7 @@ def write(
         stream.codec_context.sample_aspect_ratio = Fraction(*aspect)
         if codec == "libx264":
             stream.options = {"crf": "4", "g": "12"}
+            stream.codec_context.thread_count = 1  # the same bytes each time: windows are drawn by them
         base = Fraction(1, 1000) if milliseconds else Fraction(1, fps)
         stream.time_base = stream.codec_context.time_base = base
         if degrees or mirrored:

@@ -134,7 +134,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def with_a_clip_that_breaks_off(scene: Scene) -> Scene:
     """Adds a clip that is sound where it is looked at first and damaged where it is read, and a copy of it."""
-    good = draw_clip(scene.source / "broken.mp4", 90, frames=200)
+    # what is sound is over within a window's four sixteenths of a second, wherever it begins
+    times = [*range(0, 240, 6), *range(240, 10240, 62)]
+    good = clips.write(scene.source / "broken.mp4", _bars(90, len(times)), milliseconds=times)
     content = bytearray(good.read_bytes())
     with av.open(str(good)) as container:
         packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
@@ -148,9 +150,12 @@ def with_a_clip_that_breaks_off(scene: Scene) -> Scene:
 
 def draw_clip(path: Path, index: int, frames: int = 24) -> Path:
     """A clip of bars that move to the right, no two of them alike, and its caption."""
-    time, row, column = np.mgrid[:frames, :SIDE, :SIDE]
-    bars = (column * (3 + index) - time * 5 + row * index) % 64 * 3 + 20
-    pixels = np.stack([bars, bars[:, ::-1], 255 - bars], axis=-1).astype(np.uint8)
-    clips.write(path, pixels, fps=16)
+    clips.write(path, _bars(index, frames), fps=16)
     path.with_suffix(".txt").write_text(f"clip {index}")
     return path
+
+
+def _bars(index: int, frames: int) -> np.ndarray:
+    time, row, column = np.mgrid[:frames, :SIDE, :SIDE]
+    bars = (column * (3 + index) - time * 5 + row * index) % 64 * 3 + 20
+    return np.stack([bars, bars[:, ::-1], 255 - bars], axis=-1).astype(np.uint8)

@@ -13,10 +13,11 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 import pytest
+from PIL import Image
 
 import pngs
 from command_line import run, small_run, write_config
-from corpus_images import IMAGES
+from corpus_images import IMAGES, several_of_one
 from corpus_listings import CAPTIONS, CLIP, HUGE_TABLE, LINES, TABLES, Caption, Line, Table, row
 from corpus_odd import ODD, Odd
 from corpus_videos import VIDEOS, Malformed, sound, write_large
@@ -169,6 +170,16 @@ def test_a_malformed_table_is_refused_for_what_it_is(tmp_path: Path, case: Table
     problems = found(source, decode=False)
     assert unclear(problems, case.code, case.name, f"{case.name}:{case.place}" if case.place else case.name) == []
     assert (cost.seconds < MOST_SECONDS, cost.nbytes < MOST_BYTES) == (True, True)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG"])
+def test_a_second_picture_that_is_of_the_first_is_passed_over(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"a.{kind.lower()}"
+    path.write_bytes(several_of_one(kind))
+    with Image.open(path) as image:
+        assert image.n_frames == 2
+    assert probe(path, "row 2").is_image
+    assert read_image(path, SIZE).float().std() > 30
 
 
 def test_pictures_just_within_the_limit_are_read_one_by_one(tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_a_clip_that_cannot_be_encoded_is_left_out_and_said(make: Make, rank: tu
     assert len(lines) == 2
     assert all(line.startswith(f"{prefix}left out: clips/") for line in lines)
     assert all(
-        f"{name}.mp4 is not a video that can be read" in line
+        f"no picture of {name}.mp4 can be decoded" in line
         for name, line in zip(("broken", "copy"), lines, strict=True)
     )
 

@@ -187,7 +187,7 @@ def test_workers_that_die_again_and_again_end_the_run(reading: Reading, told: To
             ahead.take(3)
     (problem,) = raised.value.problems
     assert problem.code == "read-workers-fail"
-    assert problem.what.startswith("a process that reads clips ended by SIGKILL, for the 3rd time without a step read")
+    assert problem.what.startswith("a process that reads clips ended by SIGKILL, and so it went 3 times with no step")
     assert problem.where == "step 4, the file of 3"
     assert [kind for kind, _ in told] == ["worker-died"] * (MOST_FAILURES - 1)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from longtake.data.regular_files import content_hash, open_regular
+from longtake.data.regular_files import content_hash, fingerprint, open_regular
 from longtake.errors import DataError
 
 
@@ -47,6 +47,22 @@ def test_a_folder_that_may_be_entered_and_not_listed_is_gone_through(root: Path)
         assert content_hash(root / "inner" / "a.mp4")
     finally:
         (root / "inner").chmod(0o755)
+
+
+def test_a_fingerprint_is_of_the_first_64_kib_and_the_size_and_not_of_the_name(root: Path) -> None:
+    content = {
+        "a": bytes(100_000),
+        "b": bytes(100_000),
+        "other at the end": bytes(99_999) + b"x",
+        "other at the 64 KiB": bytes(65_535) + b"x" + bytes(34_464),
+        "longer": bytes(100_001),
+        "short": b"x",
+    }
+    for name, written in content.items():
+        (root / name).write_bytes(written)
+    found = [fingerprint(root / name, "row 2") for name in content]
+    assert found[0] == found[1] == found[2]
+    assert len({*found}) == 4
 
 
 @pytest.mark.parametrize(

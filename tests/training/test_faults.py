@@ -1,10 +1,12 @@
 """Faults in the middle of a run: what is done, what is recorded, and that the result is that of a run without them."""
 
+import contextlib
 import errno
 import json
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -117,10 +119,8 @@ def test_an_entry_that_is_harmed_in_mid_run_is_named_and_what_was_trained_is_sav
         for file in (tmp_path / "cache" / "latents").iterdir():
             if harm == "gone":
                 file.unlink()
-            else:  # a new file, since the old one may be mapped into a process that reads it
-                content = file.read_bytes()
-                file.unlink()
-                file.write_bytes(content[:-4] + bytes(4))
+            else:
+                file.write_bytes(file.read_bytes()[:-4] + bytes(4))
 
     with pytest.raises(CacheError) as raised:
         train(config, False, At(2, do_harm))
@@ -222,3 +222,30 @@ def test_a_checkpoint_that_is_damaged_is_recorded(scenes: Scenes, tmp_path: Path
     assert_same_run(whole, scene.train(config, resume=True), step=5)
     assert kinds(run) == ["run-stopped", "run-resumed", "run-stopped", "checkpoint-damaged", "run-resumed"]
     assert events(run)[3]["what"].startswith(f"{checkpoint_path(run, 4)}: the checkpoint is damaged (")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with a name")
+def test_a_run_that_waits_for_a_disk_that_hangs_saves_and_leaves_when_it_is_told_to(
+    scenes: Scenes, tmp_path: Path, whole: Path
+) -> None:
+    like = scenes("tiny-i2v")
+    shutil.copytree(like.cache, tmp_path / "cache")
+    scene = Scene(like.model, like.root, like.source, tmp_path / "cache")
+    entries = sorted((tmp_path / "cache" / "latents").glob("*.safetensors"))
+    config = config_of(scene, tmp_path / "run")
+
+    def hang() -> None:
+        for entry in entries:
+            entry.unlink()
+            os.mkfifo(entry)  # whoever opens it waits for one who writes
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()  # when the steps that were read are done
+
+    with pytest.raises(RunError, match=r"stopped by SIGTERM after step [23], which is saved"):
+        train(config, False, At(2, hang))
+    for entry in entries:
+        with contextlib.suppress(OSError):  # where nobody reads
+            os.close(os.open(entry, os.O_WRONLY | os.O_NONBLOCK))
+        entry.unlink()
+        shutil.copy(like.cache / "latents" / entry.name, entry)
+    assert kinds(tmp_path / "run") == ["run-stopped"]
+    assert_same_run(whole, train(config, True, Recorder()), step=5)

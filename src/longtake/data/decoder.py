@@ -11,14 +11,14 @@ import tempfile
 import threading
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import numpy as np
 
 from longtake.data.decoding import LENGTH, Pixels
-from longtake.data.regular_files import open_regular, refusal
+from longtake.data.regular_files import fingerprint, open_regular, refusal
 from longtake.data.sniff import MAX_PIXELS, MAX_SIDE, ClipInfo, Window
 from longtake.errors import Problem, RunError
 
@@ -116,7 +116,8 @@ class Decoder:
     def _refuse(self, answer: Message, name: str, where: str) -> NoReturn:
         if "memory" in answer:
             self._too_much_memory(name, where)
-        raise refusal(str(answer["what"]), where, str(answer["remedy"]), code=str(answer["code"]))
+        what, remedy, code = (str(answer[part]) for part in ("what", "remedy", "code"))
+        raise refusal(what, where, remedy, code=code)
 
     def _too_much_memory(self, name: str, where: str) -> NoReturn:
         limit = f"{self.limits.memory_bytes / 1e9:.1f} GB"
@@ -213,8 +214,8 @@ class _Running:
 
 
 def probe(path: Path, where: str) -> ClipInfo:
-    """What the clip or image at `path` shows; raises DataError, naming `where`, if it cannot be trained on."""
-    return shared_decoder().look(path, where)
+    """What the clip or image at `path` shows, and its fingerprint; raises DataError, naming `where`, if it is unfit."""
+    return replace(shared_decoder().look(path, where), fingerprint=fingerprint(path, where))
 
 
 def shared_decoder() -> Decoder:

@@ -130,7 +130,7 @@ class ReadingAhead(Generic[Loaded]):
         self.reading.leave()
         self.failures += 1
         if self.failures >= MOST_FAILURES:
-            often = f"{what}, for the {MOST_FAILURES}rd time without a step read in between"
+            often = f"{what}, and so it went {MOST_FAILURES} times with no step read in between"
             remedy = "look for what ended them (the system's log has it where memory ran out), or set data.workers = 0"
             where = f"step {step + 1}, {self.load.described(step)}"
             raise RunError(Problem(often, where, f"{remedy}, then continue with --resume", code="read-workers-fail"))

@@ -44,7 +44,8 @@ class ClipInfo:
     """What a clip shows: pixels as displayed (after rotation and pixel aspect), seconds, frames a second.
 
     `frames` is the header's estimate, `rotation` the display matrix's degrees counter-clockwise. A still image has one
-    frame, no duration and no fps. `codec` and `pixel_format` are for people to read.
+    frame, no duration and no fps. `codec` and `pixel_format` are for people to read. `fingerprint` tells this file's
+    content from another's, well enough for `data.buckets` to draw windows by it.
     """
 
     width: int
@@ -56,6 +57,7 @@ class ClipInfo:
     is_image: bool = False
     codec: str = field(default="", compare=False)
     pixel_format: str = field(default="", compare=False)
+    fingerprint: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from longtake.data.regular_files import refusal
 _COPY = "copy it again"
 _BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"sidx", b"moof", b"uuid", b"emsg")
 """With which an mp4 or mov begins; any other file has other letters there."""
+_MOST_BOXES = 500_000
+"""That are looked at, which takes a second or two; a day in fragments has fewer."""
 _NEEDED = (b"moov", b"moof")
 _STILL_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
@@ -71,7 +73,9 @@ def _check_boxes(file: BufferedReader, name: str) -> None:
 def _boxes(file: BufferedReader) -> Iterator[tuple[bytes, int, int]]:
     """(kind, begin, end) of the boxes that are not in another one, until what follows is none."""
     at, nbytes = 0, _size(file)
-    while at < nbytes:
+    for _ in range(_MOST_BOXES):
+        if at >= nbytes:
+            return
         head = _at(file, at, 16)
         if len(head) < 8 or not all(32 <= byte < 127 or byte == 0xA9 for byte in head[4:8]):
             return

@@ -69,6 +69,7 @@ def _clip(finding: Finding, warnings: list[str]) -> dict[str, Any]:
     if info is not None:
         shown = asdict(info)
         shown["seconds"] = shown.pop("duration")
+        del shown["fingerprint"]
     return {
         "where": finding.where,
         "source": finding.source,
