@@ -71,8 +71,6 @@ ROWS = (
 SHORT = (
     Row("tiny-t2v", _FAR, replace(_TEXT, clips=64, steps=450), 24, {"way": 0.6}),
     Row("tiny-i2v", _NEAR, replace(_IMAGE, clips=64, steps=150), 24, {"first": 0.6}),
-    Row("tiny-flf2v", _NEAR, replace(_TEXT, clips=64, steps=150, guidance=1.0), 24, {"first": 0.6, "last": 0.5}),
-    Row("tiny-ti2v", replace(_NEAR, side=64), replace(_IMAGE, clips=64, steps=600), 24, {"object": 0.45}),
 )
 """Up to a minute each: less training, and less that it must reach."""
 
