@@ -112,7 +112,7 @@ def prepare(
 
     rank, ranks = world()
     found = find_model(loaded, Reporter(quiet=rank > 0).line)
-    root = component_root(found.root, "model.components")
+    root = component_root(found, "model.components")
     manifest = prepare_cache(loaded, found.variant.spec, root, local_device(), Reporter(), (rank, ranks))
     if rank == 0:
         print(f"{len(manifest.entries)} clips ready in {loaded.data.cache}; next: longtake train {config}")

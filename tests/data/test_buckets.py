@@ -26,8 +26,8 @@ def record(
     return ClipRecord(Path("set") / name, f"caption of {name}", start, frames, fps, f"clips.csv:{name}")
 
 
-def clip(seconds: float, width: int = 1280, height: int = 720, fps: float = 24.0) -> ClipInfo:
-    return ClipInfo(width, height, seconds, fps, round(seconds * fps))
+def clip(seconds: float, width: int = 1280, height: int = 720, fps: float = 24.0, fingerprint: str = "one") -> ClipInfo:
+    return ClipInfo(width, height, seconds, fps, round(seconds * fps), fingerprint=fingerprint)
 
 
 def placed(row: ClipRecord, info: ClipInfo, *frames: int, seed: int = 0) -> tuple[list[BucketedClip], list[Problem]]:
@@ -149,18 +149,38 @@ def test_a_start_beyond_the_end_is_left_out_and_reported() -> None:
     assert line_of(problem) == "clips.csv:a.mp4: start is 12 s, and a.mp4 ends at 10.00 s; correct start"
 
 
-def test_free_windows_are_a_function_of_seed_clip_and_count_alone() -> None:
+def starts(rows: list[ClipRecord], infos: list[ClipInfo], seed: int = 3, frames: int = 49) -> list[float]:
+    return [item.window.start for item in assign(rows, infos, I2V, [frames], SIZE, seed)[0]]
+
+
+def test_free_windows_are_a_function_of_seed_content_and_count_alone() -> None:
     rows = [record(f"{index}.mp4") for index in range(8)]
-    infos = [clip(60.0)] * 8
-    starts = {
-        (i.record.path.name, i.bucket.frames): i.window.start for i in assign(rows, infos, I2V, [17, 49], SIZE, 3)[0]
-    }
-    assert len(set(starts.values())) == 16
-    moved = [replace(row, path=Path("elsewhere") / row.path.name, where="x") for row in reversed(rows)]
-    for item in assign(moved, infos, I2V, [49], SIZE, 3)[0]:
-        assert item.window.start == starts[item.record.path.name, 49]
-    other = assign(rows, infos, I2V, [49], SIZE, 4)[0]
-    assert all(item.window.start != starts[item.record.path.name, 49] for item in other)
+    infos = [clip(60.0, fingerprint=f"content {index}") for index in range(8)]
+    drawn = starts(rows, infos)
+    assert len({*drawn, *starts(rows, infos, frames=17)}) == 16
+    other = [ClipRecord(Path("elsewhere") / f"other-{row.path.name}", "mended", None, None, None, "x") for row in rows]
+    assert starts(other[::-1], infos[::-1]) == drawn[::-1]
+    assert [starts([row], [info])[0] for row, info in zip(other, infos, strict=True)] == drawn
+    assert all(start != before for start, before in zip(starts(rows, infos, seed=4), drawn, strict=True))
+    changed = [replace(info, fingerprint=f"new {info.fingerprint}") for info in infos]
+    assert all(start != before for start, before in zip(starts(rows, changed), drawn, strict=True))
+
+
+def test_rows_of_one_content_with_captions_of_their_own_have_windows_of_their_own() -> None:
+    rows, infos = [record("a.mp4"), record("b.mp4"), record("c.mp4")], [clip(60.0)] * 3
+    drawn = starts(rows, infos)
+    assert len(set(drawn)) == 3
+    assert starts(rows[::-1], infos) == drawn[::-1]
+    mended = [rows[0], replace(rows[1], prompt="mended"), rows[2]]
+    assert [start == before for start, before in zip(starts(mended, infos), drawn, strict=True)] == [True, False, True]
+
+
+def test_rows_that_need_no_window_of_their_own_leave_those_of_others_alone() -> None:
+    drawn = starts([record("a.mp4")], [clip(60.0)])
+    fixed, short = record("b.mp4", start=2.0), record("c.mp4", frames=81)
+    assert starts([record("a.mp4"), fixed, short], [clip(60.0)] * 3) == [*drawn, 2.0, 0.0]
+    again = replace(record("a.mp4"), path=Path("copy.mp4"), where="copy")
+    assert starts([record("a.mp4"), again], [clip(60.0)] * 2) == drawn * 2
 
 
 def test_a_row_given_twice_is_one_clip() -> None:

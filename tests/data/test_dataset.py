@@ -67,6 +67,21 @@ def test_a_validation_source_is_read_beside_the_training_source(tmp_path: Path) 
     }
 
 
+def test_a_window_stays_where_it_is_whatever_the_clip_is_called_and_said_to_show(tmp_path: Path) -> None:
+    clips = folder(tmp_path / "clips", {"a": 24, "b": 24})
+
+    def starts(chosen: DataConfig) -> list[float]:
+        placed = place(read_sources(chosen, SPEC, print), chosen, SPEC, 0, print)
+        return [item.clip.window.start for item in placed if item.clip.bucket.frames == 5]
+
+    first, second = starts(data(clips))
+    assert first != second, "the clips are as long as each other"
+    (clips / "a.mp4").rename(clips / "z.mp4")
+    (clips / "a.txt").rename(clips / "z.txt")
+    (clips / "b.txt").write_text("another caption")
+    assert starts(data(clips)) == [second, first]
+
+
 def test_shapes_that_the_model_cannot_take_are_named_all_at_once(tmp_path: Path) -> None:
     chosen = data(tmp_path, num_frames=18, size=(30, 33), frames_schedule=())
     with pytest.raises(DataError) as raised:

@@ -93,7 +93,7 @@ def _run(path: Path, command: str) -> int:
         config = load_config(path)
         if command == "prepare":
             found = find_model(config, QUIET.line)
-            root = encode.component_root(found.root, "model.components")
+            root = encode.component_root(found, "model.components")
             encode.prepare(config, found.variant.spec, root, torch.device("cpu"), QUIET, (0, 1))
         else:
             train(config, command == "resume", QUIET)

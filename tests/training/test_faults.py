@@ -131,7 +131,7 @@ def test_an_entry_that_is_harmed_in_mid_run_is_named_and_what_was_trained_is_sav
     assert problem.remedy == "delete it and run `longtake prepare` again"
     saved = load_newest(tmp_path / "run", pytest.fail)
     assert saved is not None
-    assert saved.step in (3, 4), "what was read before is trained on"
+    assert saved.step in (2, 3, 4), "what was read before is trained on"
     assert [(event["step"], event["kind"]) for event in events(tmp_path / "run")] == [(saved.step, problem.code)]
     shutil.rmtree(tmp_path / "cache" / "latents")
     shutil.copytree(like.cache / "latents", tmp_path / "cache" / "latents")

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -82,19 +83,20 @@ def assign(
 
     `size` is (width, height); clips that stand where it lies, or the reverse, get it swapped. A clip too short for a
     count goes to the longest bucket that it fills. A problem whose `where` has no clip in the result says why it was
-    left out, the others inform. Windows that the data does not fix are drawn from `seed`, the clip's file name and
-    caption, and the count.
+    left out, the others inform. Windows that the data does not fix are drawn from `seed`, the file's fingerprint and
+    the count, and from the caption where rows of several captions have the same content: each has a window of its own.
+    Names and the order of rows change nothing, so that what is encoded stays of use when they do.
     """
     clips: dict[BucketedClip, None] = {}
     problems: list[Problem] = []
     swapped = 0
-    for record, info in zip(records, infos, strict=True):
+    for record, info, key in zip(records, infos, _keys_of_draws(records, infos, seed), strict=True):
         counts, problem = _counts(record, info, spec, frames)
         problems += [problem] if problem else []
         width, height = size[::-1] if _stands_across(info, size) else size
         swapped += bool(counts) and (width, height) != size
         for count in counts:
-            window = Window(_start(record, info, count, spec, seed), count, float(spec.fps))
+            window = Window(_start(record, info, count, spec, key), count, float(spec.fps))
             clips[BucketedClip(record, info, Bucket(count, height, width), window)] = None
     if swapped:
         what = f"{swapped} of {len(records)} clips are {'upright' if size[0] > size[1] else 'lying'}"
@@ -146,13 +148,29 @@ def _longest(room: int, wanted: int, frames: Sequence[int]) -> int:
     return max(count for count in (*LADDER, *frames) if 1 < count <= room and count < wanted)
 
 
-def _start(record: ClipRecord, info: ClipInfo, count: int, spec: ModelSpec, seed: int) -> float:
-    """Seconds at which the window begins: as the data says, else anywhere in the clip by `seed`."""
+def _keys_of_draws(records: Sequence[ClipRecord], infos: Sequence[ClipInfo], seed: int) -> list[str]:
+    """For each clip what its window is drawn from, but for the count."""
+    captions: defaultdict[str, set[str]] = defaultdict(set)
+    for record, info in zip(records, infos, strict=True):
+        if _begins_anywhere(record):
+            captions[info.fingerprint].add(record.prompt)
+    keys = (f"{seed}\0{info.fingerprint}" for info in infos)
+    return [
+        f"{key}\0{record.prompt}" if len(captions[info.fingerprint]) > 1 else key
+        for key, record, info in zip(keys, records, infos, strict=True)
+    ]
+
+
+def _begins_anywhere(record: ClipRecord) -> bool:
+    return record.start is None and record.frames is None
+
+
+def _start(record: ClipRecord, info: ClipInfo, count: int, spec: ModelSpec, key: str) -> float:
+    """Seconds at which the window begins: as the data says, else anywhere in the clip by `key` and `count`."""
     slack = info.duration - count / spec.fps
-    if record.start is not None or record.frames is not None or info.is_image or slack <= 0:
+    if not _begins_anywhere(record) or info.is_image or slack <= 0:
         return record.start or 0.0
-    key = f"{seed}\0{record.path.name}\0{record.prompt}\0{count}"
-    draw = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    draw = int.from_bytes(hashlib.sha256(f"{count}\0{key}".encode()).digest()[:8], "big") / 2**64
     return math.floor(draw * slack * 1000) / 1000
 
 

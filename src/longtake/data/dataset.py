@@ -126,9 +126,10 @@ def in_buckets(
 ) -> list[Placed]:
     """`place` for a listener; there may be no clip among what is returned."""
     placed: dict[Any, Placed] = {}
+    looked: dict[Path, ClipInfo] = {}
     frames = dict.fromkeys(count for _, count in stage_frames(data.num_frames, data.frames_schedule))
     for split, records in sources.items():
-        kept, infos = _probe_all(records, split, listener)
+        kept, infos = _probe_all(records, split, listener, looked)
         notes: list[Problem] = []
         for count in frames:
             clips, problems = assign(kept, infos, spec, [count], data.size, seed)
@@ -162,16 +163,21 @@ def _row(record: ClipRecord) -> list[Any]:
     ]
 
 
-def _probe_all(records: list[ClipRecord], split: Split, listener: Listener) -> tuple[list[ClipRecord], list[ClipInfo]]:
+def _probe_all(
+    records: list[ClipRecord], split: Split, listener: Listener, looked: dict[Path, ClipInfo]
+) -> tuple[list[ClipRecord], list[ClipInfo]]:
+    """The clips that can be used and what they show; `looked` has files that other rows have named already."""
     kept: list[ClipRecord] = []
     infos: list[ClipInfo] = []
     problems: list[Problem] = []
     for record in records:
         try:
-            infos.append(probe(record.path, record.where))
+            if record.path not in looked:
+                looked[record.path] = probe(record.path, record.where)
         except DataError as error:
             problems += error.problems
             continue
         kept.append(record)
+        infos.append(looked[record.path])
         listener.probed(record, infos[-1], split)
     return listener.usable(kept, problems, split), infos

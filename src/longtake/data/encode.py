@@ -22,7 +22,9 @@ from longtake.errors import CacheError, DataError, ModelError, Problem
 from longtake.memory_gauge import MemoryGauge
 from longtake.models.spec import ModelSpec
 from longtake.models.wan import encoders
+from longtake.models.wan.component_files import besides
 from longtake.models.wan.conditioning import image_condition
+from longtake.models.wan.weights import ModelFiles
 from longtake.progress import Reporter
 
 Tensors = dict[str, torch.Tensor]
@@ -40,13 +42,13 @@ class Work:
     make: Callable[[Any], Tensors]
 
 
-def component_root(root: Path | None, name: str) -> Path:
+def component_root(files: ModelFiles, name: str) -> Path:
     """The folder of VAE and encoders; raises ModelError where the model was given without."""
-    if root is None:
+    if files.root is None:
         remedy = "set model.components to a folder or hub id that has vae, text_encoder and tokenizer"
-        what = "only a transformer was given; VAE and encoders are needed"
+        what = f"only a transformer was given; VAE and encoders are needed{besides(files.refused)}"
         raise ModelError(Problem(what, name, remedy, code="model-without-components"))
-    return root
+    return files.root
 
 
 def encoder_fingerprints(root: Path, spec: ModelSpec) -> dict[str, str]:

@@ -51,7 +51,7 @@ def run_demo(out: Path, reporter: Reporter) -> list[str]:
     config_path = write_demo(out, reporter)
     config = load_config(config_path)
     model_files = find_model(config, reporter.line)
-    root = component_root(model_files.root, "model.components")
+    root = component_root(model_files, "model.components")
     prepare(config, model_files.variant.spec, root, torch.device("cpu"), reporter, (0, 1))
     run = train(config, resume=False, reporter=reporter)
     page = write_report(run)

@@ -50,7 +50,7 @@ def _tokenizer(model: ModelConfig) -> Any:
     from longtake.models.wan.component_files import locate_component, surrounding_components
     from longtake.models.wan.tokenizer_files import find_tokenizer, load_tokenizer
 
-    root = roots[0] if model.components else surrounding_components(roots[0])
+    root = roots[0] if model.components else surrounding_components(roots[0], [])
     try:
         return None if root is None else load_tokenizer(find_tokenizer(root, locate_component(root, "text_encoder")))
     except ModelError:

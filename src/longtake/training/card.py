@@ -1,6 +1,5 @@
 """A run's model card: README.md in the hub's format, saying what was trained, how, and how to use it."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,15 +105,6 @@ def _seen(folder: Path, card: Card) -> Card:
 def is_foreign(path: Path) -> bool:
     """Whether a README is there that Longtake has not written."""
     return path.is_file() and MADE not in path.read_text(encoding="utf-8", errors="replace")
-
-
-def run_samples(run: Path) -> tuple[tuple[str, str], ...]:
-    """The videos of the last step that has some, relative to the run's folder, with their prompts."""
-    found = sorted((run / "samples").glob("step-*-*.json"))
-    told = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in found]
-    last = max((entry["step"] for _, entry in told), default=None)
-    videos = ((path.with_suffix(".mp4"), entry) for path, entry in told if entry["step"] == last)
-    return tuple((path.relative_to(run).as_posix(), entry["prompt"]) for path, entry in videos if path.is_file())
 
 
 def written(card: Card) -> str:

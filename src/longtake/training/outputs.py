@@ -4,7 +4,7 @@ A checkpoint is whole, whichever ranks and engine wrote it, so that none of them
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,17 +14,20 @@ from torch import Tensor
 from longtake.config.schema import LoraFormat, RunConfig
 from longtake.lora import save_adapter, trained_adapter
 from longtake.models.wan.weights import Loading, ModelFiles, load_transformer, save_transformer
-from longtake.training.card import Card, run_samples, write_card
+from longtake.training.card import Card, write_card
 from longtake.training.checkpoint import Checkpoint
 from longtake.training.experts import prefix_of
 from longtake.training.model import Expert, choose_experts
+from longtake.training.sampled import run_samples
 from longtake.training.tensor_files import TensorFiles
 
 ADAPTER = "adapter.safetensors"
 CPU = torch.device("cpu")
 
 
-def write_outputs(config: RunConfig, run: Path, checkpoint: Checkpoint, model_files: ModelFiles) -> None:
+def write_outputs(
+    config: RunConfig, run: Path, checkpoint: Checkpoint, model_files: ModelFiles, say: Callable[[str], None]
+) -> None:
     """The adapter in each format that is asked for, or the transformer; of the average, if there is one.
 
     One of each for each expert that the run trains; and a model card beside them.
@@ -47,7 +50,7 @@ def write_outputs(config: RunConfig, run: Path, checkpoint: Checkpoint, model_fi
                 save_adapter(whole.with_stem(f"{whole.stem}-{form}"), adapter, form)
     full = config.lora is None
     layout: LoraFormat = "diffusers" if full else "comfyui"
-    write_card(run, Card(config, model_files.variant, tuple(names), full, run_samples(run), layout))
+    write_card(run, Card(config, model_files.variant, tuple(names), full, run_samples(run, say), layout))
 
 
 def of_expert(path: Path, expert: Expert, experts: Sequence[Expert]) -> Path:

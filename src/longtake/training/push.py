@@ -10,9 +10,10 @@ from longtake.config.schema import RunConfig
 from longtake.errors import ConfigError, LongtakeError, Problem, RunError
 from longtake.lora import read_adapter
 from longtake.models.wan.variants import VARIANTS, WanVariant
-from longtake.training.card import FILE, Card, is_foreign, run_samples, write_card
+from longtake.training.card import FILE, Card, is_foreign, write_card
 from longtake.training.model import find_model
 from longtake.training.results import read_run
+from longtake.training.sampled import run_samples
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -37,7 +38,7 @@ def push(run: Path, to: Destination, say: Callable[[str], None]) -> str:
     config = read_run(run)
     names = _results(run, config)
     variant = _variant(run, config, names[0], say)
-    samples = run_samples(run)
+    samples = run_samples(run, say)
     if is_foreign(run / FILE):
         say(f"{run / FILE} is kept as it is: it is not one of longtake's")
     else:

@@ -100,7 +100,7 @@ def sample_to_file(
         request = _request(wish, variant.size, variant.num_frames, variant.shift)
         precision = _default_precision(device)
     spec = model_files.variant.spec
-    root = component_root(model_files.root, "model.components")
+    root = component_root(model_files, "model.components")
     check_request(request, spec)
     adapters = adapters_of(loras, spec, reporter.line)
     (encoded,) = encode_requests(root, spec, [request], device)  # before the transformer, which leaves encoders no room

@@ -109,7 +109,7 @@ def _find(config: RunConfig, reporter: Reporter, ranks: Ranks) -> _Found:
     model_files = ranks.one_by_machine(lambda: find_model(config, reporter.line))
     spec = model_files.variant.spec
     ranks.each(lambda: choose_experts(config, spec))
-    root = component_root(model_files.root, "model.components")
+    root = component_root(model_files, "model.components")
     manifest = ranks.each(lambda: load_manifest(config, spec, root, reporter.line))
     check_equal(ranks, {"data.cache": digest(asdict(manifest))}, "put the cache where all ranks see it")
     reader = EntryReader(Cache(Path(config.data.cache)), manifest.empty_text)
@@ -167,7 +167,7 @@ def _go(begun: _Begun, found: _Found, resume: bool) -> None:
             finally:
                 parts.metrics.close()
     finished = load_checkpoint(checkpoint_path(begun.run, step))
-    ranks.first(lambda: write_outputs(config, begun.run, finished, found.model_files))
+    ranks.first(lambda: write_outputs(config, begun.run, finished, found.model_files, begun.reporter.line))
 
 
 def _fit(trainer: Trainer, checkpoint: Checkpoint | None) -> int:

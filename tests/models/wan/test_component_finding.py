@@ -11,11 +11,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints import write_sparse
+from longtake.config.schema import ModelConfig
+from longtake.data.encode import component_root
 from longtake.errors import ModelError
 from longtake.models.wan import encoders
 from longtake.models.wan.component_files import locate_component, surrounding_components
 from longtake.models.wan.detection import inspect
+from longtake.models.wan.tiny import build_tiny
 from longtake.models.wan.variants import variant
+from longtake.models.wan.weights import ModelFiles, locate
 from releases import CLIP, T5, VAES, original_vae, sentencepiece_model, weights_of
 
 SPEC = variant("tiny-i2v").spec
@@ -130,12 +134,12 @@ def test_a_models_own_folder_is_that_of_its_components(
     release: Path, comfyui: Path, root: Path, tmp_path: Path
 ) -> None:
     transformer = next((comfyui / "diffusion_models").iterdir())
-    assert surrounding_components(transformer) == comfyui
-    assert surrounding_components(release) == release
-    assert surrounding_components(release / "diffusion_pytorch_model.safetensors") == release
-    assert surrounding_components(root) == root
+    assert surrounding_components(transformer, []) == comfyui
+    assert surrounding_components(release, []) == release
+    assert surrounding_components(release / "diffusion_pytorch_model.safetensors", []) == release
+    assert surrounding_components(root, []) == root
     shutil.copy(transformer, tmp_path)
-    assert surrounding_components(tmp_path / transformer.name) is None
+    assert surrounding_components(tmp_path / transformer.name, []) is None
 
 
 @pytest.mark.parametrize(
@@ -165,3 +169,16 @@ def test_inspect_says_what_each_file_is(
     )  # CLIP's head is of its vision half
     assert found["parameters"] == sum(value.numel() for value in held.values()) + extra
     assert "tiny-i2v" in str(found["candidates"])
+
+
+def test_a_transformer_alone_is_not_enough_and_a_vae_that_is_refused_is_named(tmp_path: Path) -> None:
+    alone = ModelFiles(variant("tiny-t2v"), {}, None)
+    with pytest.raises(ModelError, match=r"^model\.components: only a transformer .* are needed; set"):
+        component_root(alone, "model.components")
+    transformer = build_tiny("tiny-t2v", tmp_path / "tiny") / "transformer"
+    (transformer / "Wan2.1_VAE.pth").write_bytes(b"PK\x03\x04" + bytes(100))
+    model = ModelConfig(path=str(transformer), name="tiny-t2v")
+    with pytest.raises(ModelError, match=r"are needed \(Wan2\.1_VAE\.pth: this pickle is damaged, .*\); set"):
+        component_root(locate(model, Path, print), "model.components")
+    with pytest.raises(ModelError, match=r"no file of a VAE \(Wan2\.1_VAE\.pth: this pickle is damaged, .*\); give"):
+        locate(model.model_copy(update={"components": str(transformer)}), Path, print)

@@ -1,6 +1,6 @@
 """Where VAE and encoders lie: in a diffusers folder, an original release, or ComfyUI's `models`. Needs no torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,24 +49,31 @@ def locate_component(root: Path, kind: ComponentKind, variant: str = "") -> Comp
         what = f"{len(fitting)} files are a {kind} of this model: {several}"
         raise ModelError(Problem(what, str(root), remedy, code="component-ambiguous"))
     reasons = [f"{each.path.name} is of {_users(each)}" for each in found]
-    reasons += [f"{Path(each.where).name}: {each.what}" for each in unreadable[:2]]
-    besides = f" ({'; '.join(reasons)})" if reasons else ""
-    what = f"there is no {kind} (config.json) and no file of one{besides}"
+    what = f"there is no {kind} (config.json) and no file of one{besides(unreadable, reasons)}"
     raise ModelError(Problem(what, str(root), _REMEDY, code="component-missing"))
 
 
-def holds_components(root: Path) -> bool:
-    """Whether there is a folder of VAEs, or a file of one, for whichever model."""
-    return (root / "vae").is_dir() or any(_candidates(root, "vae", []))
+def besides(unreadable: Sequence[Problem], reasons: Sequence[str] = ()) -> str:
+    """In brackets, to end a line with: other `reasons`, and why files could not be read."""
+    told = [*reasons, *(f"{Path(each.where).name}: {each.what}" for each in unreadable[:2])]
+    return f" ({'; '.join(told)})" if told else ""
 
 
-def surrounding_components(path: Path) -> Path | None:
-    """The folder of components that a model at `path` came with: its own, or ComfyUI's `models` around it."""
+def holds_components(root: Path, unreadable: list[Problem]) -> bool:
+    """Whether there is a folder of VAEs, or a file of one, for whichever model; adds why files cannot be read."""
+    return (root / "vae").is_dir() or any(_candidates(root, "vae", unreadable))
+
+
+def surrounding_components(path: Path, unreadable: list[Problem]) -> Path | None:
+    """The folder of components that a model at `path` came with: its own, or ComfyUI's `models` around it.
+
+    Adds to `unreadable` why files that may be a VAE's cannot be read.
+    """
     own = path if path.is_dir() else path.parent
     if (path / "model_index.json").is_file():
         return path
     around = [parent.parent for parent in (own, *own.parents) if parent.name in _OF_MODELS][:1]
-    return next((root for root in (own, *around) if holds_components(root)), None)
+    return next((root for root in (own, *around) if holds_components(root, unreadable)), None)
 
 
 def _candidates(root: Path, kind: ComponentKind, unreadable: list[Problem]) -> Iterator[Component]:

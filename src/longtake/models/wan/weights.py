@@ -17,7 +17,7 @@ from longtake.errors import ModelError, Problem
 from longtake.files import replace_folder, write_file
 from longtake.models.hub import MODELSCOPE, fetch
 from longtake.models.tensor_writing import lazy, write_tensors
-from longtake.models.wan.component_files import holds_components, surrounding_components
+from longtake.models.wan.component_files import besides, holds_components, surrounding_components
 from longtake.models.wan.detection import EXPERT_FOLDERS, Checkpoint, decide, detect, detect_given, tensors_of
 from longtake.models.wan.keys import to_original
 from longtake.models.wan.signature import differences
@@ -36,12 +36,14 @@ class ModelFiles:
 
     `transformers` maps `transformer` and `transformer_2` to a diffusers component folder, a folder of shards or a
     safetensors file. `root` is the folder of VAE and encoders, a diffusers one, an original release, or ComfyUI's
-    `models`; None where the model is a transformer alone and no components were given.
+    `models`; None where the model is a transformer alone and no components were given: then `refused` has why files
+    beside it are none.
     """
 
     variant: WanVariant
     transformers: dict[str, Path]
     root: Path | None
+    refused: tuple[Problem, ...] = ()
 
 
 def locate(model: ModelConfig, bundled: Callable[[str], Path], report: Callable[[str], None]) -> ModelFiles:
@@ -57,8 +59,9 @@ def locate(model: ModelConfig, bundled: Callable[[str], Path], report: Callable[
         found = detect(path)
     chosen = decide(found, path, wanted)
     transformers = found.experts or {_expert(model.expert, chosen, path): path}
-    root = _components(model.components, bundled, report) or surrounding_components(path)
-    return ModelFiles(chosen, transformers, root)
+    refused: list[Problem] = []
+    root = _components(model.components, bundled, report) or surrounding_components(path, refused)
+    return ModelFiles(chosen, transformers, root, () if root else tuple(refused))
 
 
 @dataclass(frozen=True)
@@ -178,9 +181,10 @@ def _components(value: str, bundled: Callable[[str], Path], report: Callable[[st
     else:
         what = f"there is no folder or model {value}"
         raise ModelError(Problem(what, "model.components", code="component-place-missing"))
-    if not holds_components(root):
+    refused: list[Problem] = []
+    if not holds_components(root, refused):
         remedy = "give a diffusers folder, an original release, ComfyUI's folder models, or a hub id"
-        what = f"{root} has no folder vae and no file of a VAE"
+        what = f"{root} has no folder vae and no file of a VAE{besides(refused)}"
         raise ModelError(Problem(what, "model.components", remedy, code="component-missing"))
     return root
 
