@@ -16,7 +16,7 @@ from longtake import files
 from longtake.data.claims import CLAIM, clock
 from longtake.errors import CacheError, Problem
 
-FORMAT = 1
+FORMAT = 2
 STALE_SECONDS = 3600.0
 CONTENT = "content"
 """Key under which an entry and a manifest carry the hash of what else they hold."""
