@@ -12,6 +12,8 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
+        self.raw: dict[str, str] = {}
+        """What is in the last tag of its kind that holds no text: `style`, `script`."""
         self.open: list[str] = []
         self.feed(html)
         self.close()
@@ -29,8 +31,10 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] != "style":
-            self.text += data
+        if self.open and self.open[-1] in ("style", "script"):
+            self.raw[self.open[-1]] = data
+        else:
+            self.text += f" {data}"
 
     def count(self, tag: str) -> int:
         return sum(name == tag for name, _ in self.tags)

@@ -7,7 +7,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -18,45 +17,11 @@ from longtake.planner.events import Span, Timeline
 from longtake.planner.page import render_html, write_html
 from longtake.planner.page_drawing import MEMORY_HEIGHT, NARROW, TOP, WIDTH, breakdown_bar, step_picture
 from longtake.planner.plans import Report
+from pages import Page
 from planner.reports import GIB, HOSTILE, Drawn, hostile_report, nothing_fits_report, realistic_report
 
-VOID = {"meta", "br"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 MOST_BYTES = 1_500_000
-
-
-class Page(HTMLParser):
-    """The tags of a page with their attributes, its visible text, and whether every tag is closed in order."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.raw: dict[str, str] = {}
-        self.open: list[str] = []
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] in ("style", "script"):
-            self.raw[self.open[-1]] = data
-        else:
-            self.text += f" {data}"
-
-    def count(self, tag: str) -> int:
-        return sum(name == tag for name, _ in self.tags)
 
 
 @pytest.mark.parametrize("report", [realistic_report(), nothing_fits_report()], ids=("fits", "nothing fits"))
