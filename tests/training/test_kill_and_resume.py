@@ -19,6 +19,7 @@ from longtake import files
 from longtake.config.dump import to_toml
 from longtake.config.schema import RunConfig
 from longtake.training.checkpoint import load_newest
+from longtake.training.metrics import FILE as METRICS
 from processes import MARK
 from runs import Scene, assert_same_run, contents, learnt
 
@@ -138,25 +139,24 @@ def assert_same(whole: Path, run: Path) -> None:
 
 
 def moment(phase: Phase, told: list[Told], chosen: random.Random) -> tuple[int, float]:
-    """After which word of the disk, and how many seconds later, a command is killed; a half of times at once."""
+    """After which word of the disk, and how many seconds later, a command is killed; often at once."""
     is_in: dict[str, Callable[[Told], bool]] = {
         "saving": lambda each: "checkpoints/step-" in each.path and not each.path.endswith("removed"),
         "pruning": lambda each: each.path.endswith("removed"),
         "sampling": lambda each: "/samples" in each.path,
         "results": lambda each: "adapter" in each.path or "transformer.staged" in each.path,
-        "anywhere": lambda each: True,
         "caching": lambda each: True,
     }
-    if phase == "first step":
+    if phase == "first step":  # what comes before the first save, which syncs the log and makes a folder
         begun = next(index for index, each in enumerate(told) if "checkpoints" in each.path)
-        found = [index for index in range(begun) if "config.toml" in told[index].path][-1:]
-    else:
-        found = [index for index, each in enumerate(told[:-1]) if is_in[phase](each)]
-    index = chosen.choice(found)
-    gap = told[index + 1].seconds - told[index].seconds
-    return index + 1, chosen.choice((0.0, chosen.uniform(0.0, gap))) if phase != "first step" else chosen.uniform(
-        0, gap
-    )
+        last = next(index for index in range(begun, 0, -1) if not told[index].path.endswith(("checkpoints", METRICS)))
+        return last + 1, chosen.uniform(0.0, told[last + 1].seconds - told[last].seconds)
+    if phase == "anywhere":
+        now = chosen.uniform(told[0].seconds, told[-1].seconds)
+        index = max(index for index, each in enumerate(told) if each.seconds <= now)
+        return index + 1, now - told[index].seconds
+    index = chosen.choice([index for index, each in enumerate(told[:-1]) if is_in[phase](each)])
+    return index + 1, chosen.choice((0.0, chosen.uniform(0.0, told[index + 1].seconds - told[index].seconds)))
 
 
 PHASES: tuple[Phase, ...] = ("first step", "saving", "pruning", "results", "anywhere", "anywhere", "caching")
