@@ -8,7 +8,6 @@ to, and then plans. The numbers are medians of three.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -35,6 +34,7 @@ def child(budget: int | None, buckets: int) -> dict[str, float]:
 
     imported = time.perf_counter()
     from longtake.config.schema import LoraConfig, TrainingConfig
+    from longtake.memory_gauge import peak_resident
     from longtake.models.wan.variants import variant
     from longtake.planner.candidates import Freedom
     from longtake.planner.hardware import DEVICES
@@ -51,8 +51,8 @@ def child(budget: int | None, buckets: int) -> dict[str, float]:
     assert report.chosen is not None
     assert buckets == 1 or len(report.plans[0].buckets) == buckets
     planned = time.perf_counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"imports": imported - began, "plan": planned - imported, "bytes": peak}
+    # not ru_maxrss, which begins with what the process had that started this one
+    return {"imports": imported - began, "plan": planned - imported, "bytes": peak_resident()}
 
 
 def measured(budget: int | None, buckets: int) -> dict[str, float]:

@@ -50,9 +50,9 @@ def sampled(image: torch.Tensor, prompt: str, adapter: Path | None = None) -> to
 
 @pytest.mark.long
 def test_the_bundled_vae_reconstructs_unseen_shots_at_22_db() -> None:
-    """The whole of each shot, in one piece."""
+    """The first two seconds of each shot; the script in benchmarks measures the whole of them."""
     vae = encoders.load_vae(tiny.bundled("tiny-i2v"), CPU)
-    shots = unseen_shots(films.big_buck_bunny(), 81).values()
+    shots = unseen_shots(films.big_buck_bunny(), 33).values()
     found = [frame_psnr(reconstruct(vae, shot), shot) for shot in shots]
     assert sum(found) / len(found) >= 22, found
 

@@ -60,7 +60,7 @@ class MemoryGauge:
     def read(self) -> Memory:
         """The bytes now, and their peaks since the gauge was made."""
         resident = self.process.memory_info().rss
-        peak = self.resident_peak = max(self.resident_peak, _peak_resident())
+        peak = self.resident_peak = max(self.resident_peak, peak_resident())
         if self.driver is None:
             return Memory(max(0, resident - self.before), max(0, peak - self.before), resident, peak)
         self.reserved_peak = max(self.reserved_peak, torch.cuda.max_memory_reserved(self.device))
@@ -94,7 +94,7 @@ class MemoryGauge:
         On CUDA what tensors held, because the allocator keeps what an earlier stage reserved. The host's is the one
         since the start where the system does not let it begin anew.
         """
-        host = _peak_resident()
+        host = peak_resident()
         if self.driver is None:
             return max(0, host - self.before), host
         return torch.cuda.max_memory_allocated(self.device), host
@@ -177,16 +177,16 @@ class _Driver:
             self.peak_bytes = max(self.peak_bytes, self.used_bytes)
 
 
-def _forget_peak() -> None:
-    """Starts VmHWM anew from the size now (Linux, `man 5 proc_pid_clear_refs`); elsewhere nothing is to be done."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_resident() -> int:
+def peak_resident() -> int:
     """Greatest resident size of the process so far (Linux: VmHWM), else its size now."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return psutil.Process().memory_info().rss
+
+
+def _forget_peak() -> None:
+    """Starts VmHWM anew from the size now (Linux, `man 5 proc_pid_clear_refs`); elsewhere nothing is to be done."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

@@ -51,7 +51,6 @@ ON_TWO = [
 WRONG = [wrong("sgd"), wrong("adamw")]
 ON_FOUR = [
     case("ddp", sp=2),
-    case("fsdp2", FULL, sp=2),
     case("fsdp2", FULL, dp_replicate=2),
     case("fsdp2", sp=2, dp_replicate=2),
 ]
