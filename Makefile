@@ -13,9 +13,6 @@ TORCH ?= torch==2.13.0
 # Processes that share the test files, each of which computes with one thread and takes up to a few GiB.
 WORKERS ?= 2
 
-# Of pytest's processes: malloc keeps what is freed, or the kernel clears the same pages again and again.
-KEEP := MALLOC_MMAP_THRESHOLD_=134217728 MALLOC_TRIM_THRESHOLD_=1073741824
-
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
@@ -51,10 +48,10 @@ demo: $(INSTALLED)
 	$(BIN)/longtake demo --out demo
 
 test: check
-	$(KEEP) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=30 -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=30 -m "not slow"
 
 test-fast: $(INSTALLED)
-	$(KEEP) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not long"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not long"
 
 check: $(INSTALLED)
 	$(BIN)/ruff check

@@ -1,33 +1,11 @@
 """Peaks of a whole run, and of one stage of it; and the settings of the allocators whose bytes they are."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
-import torch
-
-from longtake.memory_gauge import MemoryGauge
-
-CPU = torch.device("cpu")
-LARGE, SMALL = 200 * 2**20, 50 * 2**20
-
-
-def test_a_stage_has_its_own_peak_and_the_runs_goes_on() -> None:
-    gauge = MemoryGauge(CPU)
-    torch.ones(LARGE, dtype=torch.uint8)
-    before = gauge.read()
-    assert before.host_peak_bytes - before.host_bytes > LARGE // 2
-    gauge.begin_stage()
-    torch.ones(SMALL, dtype=torch.uint8)
-    device, host = gauge.stage_peak()
-    after = gauge.read()
-    assert SMALL // 2 < host - before.host_bytes < LARGE // 2
-    assert device == host - gauge.before
-    assert (after.host_peak_bytes, after.device_peak_bytes) == (before.host_peak_bytes, before.device_peak_bytes)
-    torch.ones(2 * LARGE, dtype=torch.uint8)
-    assert gauge.read().host_peak_bytes > before.host_peak_bytes
-    gauge.close()
 
 
 def said_by(code: str, variables: dict[str, str]) -> str:
@@ -36,6 +14,39 @@ def said_by(code: str, variables: dict[str, str]) -> str:
     command = [sys.executable, "-c", f"import sys, psutil, torch; import longtake.memory_gauge as gauge\n{code}"]
     done = subprocess.run(command, env=known | variables, capture_output=True, text=True, check=True, timeout=120)
     return done.stdout.strip()
+
+
+STAGES = """
+import json
+LARGE, SMALL = 200 * 2**20, 50 * 2**20
+of_run = gauge.MemoryGauge(torch.device("cpu"))
+torch.ones(LARGE, dtype=torch.uint8)
+before = of_run.read()
+of_run.begin_stage()
+torch.ones(SMALL, dtype=torch.uint8)
+device, host = of_run.stage_peak()
+after = of_run.read()
+torch.ones(2 * LARGE, dtype=torch.uint8)
+last = of_run.read()
+print(json.dumps({
+    "run": before.host_peak_bytes - before.host_bytes,
+    "stage": host - before.host_bytes,
+    "device": device - (host - of_run.before),
+    "unchanged": (after.host_peak_bytes, after.device_peak_bytes) == (before.host_peak_bytes, before.device_peak_bytes),
+    "more": last.host_peak_bytes - before.host_peak_bytes,
+}))
+"""
+"""In a process of its own: one that has run other tests gives memory back in the middle."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a peak does not begin anew")
+def test_a_stage_has_its_own_peak_and_the_runs_goes_on() -> None:
+    found = json.loads(said_by(STAGES, {}))
+    assert found["run"] > 100 * 2**20
+    assert 25 * 2**20 < found["stage"] < 100 * 2**20
+    assert found["device"] == 0
+    assert found["unchanged"]
+    assert found["more"] > 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the allocators are left as they are")

@@ -18,7 +18,7 @@ def benchmark(script: Callable[[str], Any]) -> Any:
     return script("process_memory")
 
 
-@pytest.mark.long
+@pytest.mark.slow  # test_plan_accuracy looks at processes in `make test`
 @pytest.mark.timeout(900)
 def test_the_process_holds_and_saves_the_bytes_of_the_trace(benchmark: Any, tmp_path: Path) -> None:
     """More than 2 GiB in the plain step; bytes and their fall to 5 %. Kernels' own buffers are not in the trace."""

@@ -148,13 +148,13 @@ def test_a_decoder_that_shows_too_many_or_too_few_pictures_is_not_believed(taken
 
 def test_pictures_that_fill_the_memory_are_refused_and_the_decoder_serves_on(tmp_path: Path, clip: Path) -> None:
     large = tmp_path.resolve() / "large.png"
-    Image.fromarray(np.zeros((6000, 6000, 3), np.uint8)).save(large)
-    decoder = Decoder(Limits(memory_bytes=300_000_000))
+    Image.fromarray(np.zeros((8000, 8000, 3), np.uint8)).save(large)
+    decoder = Decoder(Limits(memory_bytes=600_000_000))
     try:
         with pytest.raises(DataError) as found:
             decoder.image(large, "row 2")
         assert found.value.problems[0].code == "decode-memory"
-        assert "0.3 GB" in found.value.problems[0].what
+        assert "0.6 GB" in found.value.problems[0].what
         assert len(list(decoder.clip(clip, WINDOW, "row 2"))) == 3
     finally:
         decoder.stop()

@@ -150,7 +150,8 @@ class _Running:
         self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `end`
         arguments = [str(other.fileno()), str(limits.processor_seconds), str(limits.memory_bytes)]
         # of its memory limit, threads that are not used here would take most
-        environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+        environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
         with other:
             self.process = subprocess.Popen(
                 [*program, *arguments],
